@@ -1,0 +1,62 @@
+"""The `megatron-video` command: a table of subcommands, each a module with `main(argv) -> int | None`.
+
+The table holds module names, not imports: `megatron_video` depends on no other folder, and `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from megatron_video import __version__
+from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
+
+# command -> (module, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("training.demo", "the whole path at small size: raw videos -> trained model -> generated videos"),
+    "data": ("data_prep.cli", "raw videos -> manifest -> pre-encoded webdataset shards, stage by stage"),
+    "text": ("training.build_text_encoders", "build small text encoders and their tokenizers from captions"),
+    "vae": ("training.train_vae", "train the Video-VAE on clips"),
+    "pretrain": ("training.pretrain", "train the DiT (under torchrun for several ranks)"),
+    "ckpt": ("checkpoints_tools.cli", "convert and verify checkpoints"),
+    "sample": ("training.sample", "prompts -> mp4 videos and contact sheets"),
+    "measure": ("training.measure_shapes", "colour and direction of generated shape videos against their prompts"),
+    "doctor": ("megatron_video.doctor", "what is installed, which backends work, and what to do about what is missing"),
+}
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Call a command's `main`; bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    """Entry point of the `megatron-video` console script."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if arguments else BAD_INPUT_EXIT_CODE)
+    if arguments[0] == "--version":
+        print(f"megatron-video {__version__}")
+        sys.exit(0)
+    if arguments[0] not in COMMANDS:
+        print(f"error: unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(BAD_INPUT_EXIT_CODE)
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    sys.exit(run_command(module.main, arguments[1:]))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {help_line}" for name, (_, help_line) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: megatron-video COMMAND ...", "", *lines, "", "megatron-video COMMAND --help tells more; --version."]
+    )

@@ -1,0 +1,57 @@
+"""Package definition: what is installed, which command it gives, and the range of every dependency."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = (ROOT / "megatron_video" / "VERSION").read_text().strip()
+
+# torch first, and below 2.14: on a machine without CUDA `pip install "torch==2.13.0"` (requirements-cpu.txt)
+# takes a CPU build, and this range then keeps it.
+REQUIRED = [
+    "torch>=2.6,<2.14",
+    "megatron-core>=0.16.1,<0.17",  # 0.16.1 is the version the device module was audited against
+    "numpy>=1.26,<3",
+    "psutil>=5.9,<8",  # megatron-core's asynchronous save hangs without it
+    "einops>=0.8,<0.9",
+    "safetensors>=0.5,<0.8",
+    "pydantic>=2.11,<3",
+    "PyYAML>=6,<7",
+    "webdataset>=1.0,<2",
+    "pyarrow>=18,<30",
+    "av>=14,<19",
+    "scenedetect-headless>=0.7,<0.8",  # the plain package pulls the OpenCV build that needs libGL
+    "opencv-python-headless>=4.10,<6",
+    "pillow>=10,<13",
+    "transformers>=4.50,<6",
+    "sentencepiece>=0.2,<0.3",
+    "tensorboard>=2.18,<3",
+    "matplotlib>=3.9,<4",
+    "tqdm>=4.66,<5",
+]
+
+EXTRAS = {
+    # FP8 and fused kernels on NVIDIA GPUs; the range is the one megatron-core 0.16 declares.
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "nvidia-dali-cuda130>=2.0,<3"],
+    # Fused Adam and norms where megatron-core finds it. The name `apex` on PyPI is another project.
+    "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
+    # ZeRO data parallelism for training the Video-VAE.
+    "vae": ["deepspeed>=0.19,<0.20"],
+    "dev": ["pytest>=8,<10", "hypothesis>=6,<7", "ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML", "types-tqdm"],
+}
+
+setup(
+    name="megatron-video",
+    version=VERSION,
+    description="Megatron-style pretraining of large text-to-video diffusion transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_video*", "data_prep*", "training*", "checkpoints_tools*"]),
+    package_data={"megatron_video": ["VERSION"], "training": ["configs/*.yaml"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-video = megatron_video.cli:main"]},
+)
