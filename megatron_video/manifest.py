@@ -1,0 +1,161 @@
+"""The manifest: a Parquet table with one row a clip, written stage by stage.
+
+A clip is a span of frames of a source file; nothing is re-encoded. A dropped clip keeps its row, with the stage that
+dropped it and the reason. The columns are the table below: a stage fills its own, later ones stay null until then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_video.errors import UserError
+
+MANIFEST_VERSION = 1
+_VERSION_KEY = b"megatron_video.manifest_version"
+
+# name, Arrow type, stage that fills it, meaning
+COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
+    (
+        "clip_id",
+        pa.string(),
+        "ingest",
+        "content hash + frame span; unique among kept rows, the key of the shard sample",
+    ),
+    ("source", pa.string(), "ingest", "absolute path of the file"),
+    ("content_hash", pa.string(), "ingest", "BLAKE2b-96 of the file's bytes, hex"),
+    ("caption", pa.string(), "ingest", "the text that belongs to the clip"),
+    ("language", pa.string(), "ingest", "'en', 'zh' or 'und' (no letters of either)"),
+    ("is_image", pa.bool_(), "ingest", "a still picture: one frame, no times"),
+    ("codec", pa.string(), "ingest", "libav decoder name"),
+    ("pixel_format", pa.string(), "ingest", "libav pixel format name"),
+    ("rotation", pa.int32(), "ingest", "degrees counter-clockwise that a viewer applies; readers apply it too"),
+    ("width", pa.int32(), "ingest", "pixels, upright picture"),
+    ("height", pa.int32(), "ingest", "pixels, upright picture"),
+    ("fps", pa.float64(), "ingest", "average frames per second; 0 for an image"),
+    ("start_frame", pa.int64(), "ingest, segment", "first frame of the span"),
+    ("end_frame", pa.int64(), "ingest, segment", "frame after the last one"),
+    ("start_time", pa.float64(), "ingest, segment", "seconds"),
+    ("end_time", pa.float64(), "ingest, segment", "seconds"),
+    ("crop_x", pa.int32(), "tag", "left edge of the picture inside black borders, pixels"),
+    ("crop_y", pa.int32(), "tag", "top edge"),
+    ("crop_width", pa.int32(), "tag", "width inside black borders"),
+    ("crop_height", pa.int32(), "tag", "height inside black borders"),
+    ("border_share", pa.float32(), "tag", "share of the picture that is black border, 0 to 1"),
+    ("blur", pa.float32(), "tag", "variance of the Laplacian of grey values (0-255), mean of 8 frames; low = blurred"),
+    ("brightness", pa.float32(), "tag", "mean of HSV value, 0 to 255"),
+    ("saturation_mean", pa.float32(), "tag", "HSV saturation 0 to 255: mean over 8 frames of each frame's mean"),
+    ("saturation_max", pa.float32(), "tag", "largest of the 8"),
+    ("saturation_min", pa.float32(), "tag", "smallest of the 8"),
+    (
+        "motion_mean",
+        pa.float32(),
+        "tag",
+        "Farneback flow, pixels a frame at 256 on the long side, mean; null for images",
+    ),
+    ("motion_max", pa.float32(), "tag", "largest of the sampled pairs"),
+    ("motion_min", pa.float32(), "tag", "smallest of the sampled pairs"),
+    ("bucket", pa.string(), "encode", "frames x height x width of the encoded sample"),
+    ("shard", pa.string(), "encode", "file name of the shard"),
+    ("dropped_by", pa.string(), "any", "stage that dropped the clip; null = kept"),
+    ("drop_reason", pa.string(), "any", "why"),
+)
+SCHEMA = pa.schema(
+    [(name, kind) for name, kind, _, _ in COLUMNS], metadata={_VERSION_KEY: str(MANIFEST_VERSION).encode()}
+)
+
+Row = dict[str, Any]
+
+
+def read_manifest(path: str | Path) -> pa.Table:
+    """Read a manifest and check that it is one.
+
+    Raises:
+        UserError: no such file, not Parquet, no manifest, of a newer version, or with wrong columns.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such manifest; `megatron-video data ingest` writes the first one") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not readable as Parquet: {error}") from None
+    _check_version(path, table.schema)
+    _check_columns(path, table.schema)
+    return table
+
+
+def write_manifest(table: pa.Table, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a table that has the manifest's columns, under a temporary name first.
+
+    `metadata` is kept in the file's schema (stages store there what they were run with).
+    """
+    _check_columns(path, table.schema)
+    extra = {key.encode(): value.encode() for key, value in (metadata or {}).items()}
+    table = table.cast(SCHEMA).replace_schema_metadata({**(SCHEMA.metadata or {}), **extra})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def table_from_rows(rows: Iterable[Row]) -> pa.Table:
+    """Rows as a table with the manifest's columns; fields that a row does not have become null.
+
+    Raises:
+        ValueError: a row has a field that is no column.
+    """
+    rows = list(rows)
+    unknown = {name for row in rows for name in row} - set(SCHEMA.names)
+    if unknown:
+        raise ValueError(f"no columns of the manifest: {sorted(unknown)}")
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def dropped(row: Row, stage: str, reason: str) -> Row:
+    """The row, marked as dropped by `stage` for `reason`. A row stays dropped by the first stage that did it."""
+    if row.get("dropped_by"):
+        return row
+    return {**row, "dropped_by": stage, "drop_reason": reason}
+
+
+def kept_rows(table: pa.Table) -> list[Row]:
+    """The rows that no stage dropped, in order."""
+    rows: list[Row] = table.filter(table["dropped_by"].is_null()).to_pylist()
+    return rows
+
+
+def clip_id(content_hash: str, start_frame: int, end_frame: int) -> str:
+    """Identity of a clip: what is in the file, and which frames. No dots: webdataset splits names at the first."""
+    return f"{content_hash}-{start_frame:06d}-{end_frame:06d}"
+
+
+def _check_version(path: str | Path, schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(_VERSION_KEY)
+    if version is None:
+        raise UserError(f"{path} is a Parquet file but no manifest; `megatron-video data ingest` writes manifests")
+    if int(version) > MANIFEST_VERSION:
+        raise UserError(
+            f"{path} has manifest version {int(version)}, this program knows up to {MANIFEST_VERSION}; update it"
+        )
+
+
+def _check_columns(path: str | Path, schema: pa.Schema) -> None:
+    missing = [name for name in SCHEMA.names if name not in schema.names]
+    unknown = [name for name in schema.names if name not in SCHEMA.names]
+    wrong = [
+        n for n in SCHEMA.names if n in schema.names and schema.field(n).type not in (SCHEMA.field(n).type, pa.null())
+    ]
+    if missing or unknown or wrong:
+        raise UserError(
+            f"{path}: wrong manifest columns: missing {missing}, unknown {unknown}, of another type {wrong}; "
+            "the table in megatron_video/manifest.py says what there is"
+        )
