@@ -1,0 +1,113 @@
+"""Video-VAE files: a folder with `config.json` and `model.safetensors`, or the released `.safetensors` alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_video.config_io import build_config, config_to_dict
+from megatron_video.errors import UserError
+from megatron_video.vae.autoencoder import VideoVAE
+from megatron_video.vae.config import VAEConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+SHOWN = 5
+
+
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VideoVAE:
+    """Read a Video-VAE for inference.
+
+    Args:
+        path: a folder written by `save_vae`, or a `.safetensors` file of the released widths.
+        device: where the weights go.
+        dtype: of the weights, and so of the computation.
+
+    Raises:
+        UserError: a file is missing or unreadable, or keys or shapes do not fit the configuration.
+    """
+    path = Path(path)
+    config = _read_config(path / CONFIG_FILE) if path.is_dir() else VAEConfig()
+    weights_path = path / WEIGHTS_FILE if path.is_dir() else path
+    weights = _read_weights(weights_path, device)
+    with torch.device("meta"):
+        vae = VideoVAE(config)
+    check_weights(vae, weights, str(weights_path))
+    weights = {name: _inference_layout(weight.to(dtype)) for name, weight in weights.items()}
+    vae.load_state_dict(weights, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def save_vae(vae: VideoVAE, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` (fp32) to `folder`; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.detach().float().cpu().contiguous() for name, weight in vae.state_dict().items()}
+    temporary = folder / f".{WEIGHTS_FILE}.tmp"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / WEIGHTS_FILE)
+    temporary = folder / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(json.dumps(config_to_dict(vae.config), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
+def check_weights(module: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Compare names and shapes with those of `module`.
+
+    Raises:
+        UserError: names the first keys that are missing, unknown, or of another shape.
+    """
+    expected = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    problems = [
+        _list("missing keys", sorted(expected.keys() - found.keys())),
+        _list("unknown keys", sorted(found.keys() - expected.keys())),
+        _list(
+            "wrong shapes",
+            [
+                f"{name} {list(found[name])}, not {list(expected[name])}"
+                for name in sorted(expected.keys() & found.keys())
+                if expected[name] != found[name]
+            ],
+        ),
+    ]
+    if any(problems):
+        raise UserError(
+            f"{origin} does not fit the Video-VAE configuration: {'; '.join(filter(None, problems))}. "
+            f"A bare .safetensors file must have the released widths; other widths need a folder with {CONFIG_FILE}"
+        )
+
+
+def _list(title: str, names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{title}: {', '.join(names[:SHOWN])}{more}" if names else ""
+
+
+def _read_config(path: Path) -> VAEConfig:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: a Video-VAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return build_config(VAEConfig, values, origin=str(path))
+
+
+def _read_weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"no Video-VAE weights at {path}")
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _inference_layout(weight: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return weight.contiguous(memory_format=formats[weight.dim()]) if weight.dim() in formats else weight
