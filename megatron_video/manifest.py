@@ -25,7 +25,7 @@ COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
         "clip_id",
         pa.string(),
         "ingest",
-        "content hash + frame span; unique among kept rows, the key of the shard sample",
+        "content hash + frame span; unique among kept rows; key in the shards",
     ),
     ("source", pa.string(), "ingest", "absolute path of the file"),
     ("content_hash", pa.string(), "ingest", "BLAKE2b-96 of the file's bytes, hex"),
@@ -56,7 +56,7 @@ COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
         "motion_mean",
         pa.float32(),
         "tag",
-        "Farneback flow, pixels a frame at 256 on the long side, mean; null for images",
+        "Farneback flow, pixels a frame at 256 pixels long side; null for images",
     ),
     ("motion_max", pa.float32(), "tag", "largest of the sampled pairs"),
     ("motion_min", pa.float32(), "tag", "smallest of the sampled pairs"),
@@ -151,11 +151,13 @@ def _check_version(path: str | Path, schema: pa.Schema) -> None:
 def _check_columns(path: str | Path, schema: pa.Schema) -> None:
     missing = [name for name in SCHEMA.names if name not in schema.names]
     unknown = [name for name in schema.names if name not in SCHEMA.names]
-    wrong = [
-        n for n in SCHEMA.names if n in schema.names and schema.field(n).type not in (SCHEMA.field(n).type, pa.null())
-    ]
+    wrong = [name for name in schema.names if name not in unknown and not _same_type(schema, name)]
     if missing or unknown or wrong:
         raise UserError(
             f"{path}: wrong manifest columns: missing {missing}, unknown {unknown}, of another type {wrong}; "
             "the table in megatron_video/manifest.py says what there is"
         )
+
+
+def _same_type(schema: pa.Schema, name: str) -> bool:
+    return schema.field(name).type in (SCHEMA.field(name).type, pa.null())

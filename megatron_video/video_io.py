@@ -211,7 +211,7 @@ def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise VideoError(f"{path}: no video stream in it")
             yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError, EOFError) as error:
+    except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 

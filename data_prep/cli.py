@@ -1,0 +1,47 @@
+"""`megatron-video data STAGE`: a table of stages, each a module with `main(argv)`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_video.cli import run_command
+from megatron_video.errors import UserError
+
+# stage -> (module, one line of help), in the order of a pipeline
+STAGES: dict[str, tuple[str, str]] = {
+    "make-demo-clips": (
+        "data_prep.demo_clips",
+        "write a folder of small captioned videos and images to try all this on",
+    ),
+    "ingest": ("data_prep.ingest", "folder or listing of videos with captions -> manifest (probe, hash, language)"),
+    "segment": ("data_prep.segment", "split at cuts, drop the first and last frames; a clip is a span of its file"),
+    "tag": ("data_prep.tag", "black borders, blur, saturation, brightness, motion"),
+    "filter": ("data_prep.filter", "drop clips whose tags are outside thresholds (YAML)"),
+    "encode": ("data_prep.encode", "Video-VAE moments and text states -> webdataset shards with an index"),
+    "verify": ("data_prep.verify", "check every shard against its index, checksums and manifest"),
+    "run": ("data_prep.run", "ingest, segment, tag and filter in one go"),
+}
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Dispatch to the stage named first."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] not in STAGES:
+        raise UserError(f"unknown stage {argv[0]!r} of `megatron-video data`; stages: {', '.join(STAGES)}")
+    code: int | None = importlib.import_module(STAGES[argv[0]][0]).main(argv[1:])
+    return code
+
+
+def _usage() -> str:
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {help_line}" for name, (_, help_line) in STAGES.items()]
+    head = "usage: megatron-video data STAGE ...\n\nEvery stage reads a manifest (Parquet) and writes a new one."
+    return "\n".join([head, "", *lines, "", "megatron-video data STAGE --help tells more."])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
