@@ -62,7 +62,7 @@ REFERENCE_STEPS = 16  # the travel below is over 17 frames
 TRAVEL_SHARE = (0.34, 0.48)  # of the frame's side along the motion
 RADIUS_SHARE = (0.15, 0.20)  # of the shorter side
 BACKGROUND_GREY = (44, 130)
-BORDER_SHARE = 0.125
+BORDER_ROWS = 12
 MIN_CLIPS = 12
 _MARKER = ".made.json"
 
@@ -91,7 +91,8 @@ class Clip:
     path: str
     scenes: tuple[Scene, ...]
     caption: str
-    border: bool = False
+    border: int = 0
+    """Black rows above and below."""
     truncated: bool = False
     sidecar: str | None = None
     """Suffix of the caption file beside it; None = it is in the listing."""
@@ -166,21 +167,23 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the shape's edge in pixels (negative inside); all shapes have about the same area."""
+    """Signed distance to the shape's edge in pixels (negative inside); no shape reaches further than `radius`."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
-    # Equilateral, one corner up: the inner radius is half the outer one.
-    slope = np.sqrt(0.75) * np.abs(x) - 0.5 * y
-    return np.maximum(slope, y) - 0.68 * radius
+    # Equilateral, one corner up, moved down so that its bounding box is centred.
+    inner = radius / np.sqrt(3)
+    y = y - inner / 2
+    return np.maximum(np.sqrt(0.75) * np.abs(x) - 0.5 * y, y) - inner
 
 
 def _plan_video(rng: np.random.Generator, index: int, words: list[tuple[str, str, str]], kind: str) -> Clip:
     width, height = SIZES[(index + index // 48) % len(SIZES)]
     language, template = VIDEO_CAPTIONS[rng.integers(len(VIDEO_CAPTIONS))]
     used = words if kind == "cut" else words[:1]
-    scenes = [_plan_scene(rng, word, width, height) for word in used]
+    edge = BORDER_ROWS if kind == "border" else 0
+    scenes = [_plan_scene(rng, word, width, height - 2 * edge) for word in used]
     captions = [_caption(language, template, colour, shape, direction) for colour, direction, shape in used]
     caption = captions[0] if len(captions) == 1 else JOINED_CAPTIONS[language].format(*captions)
     # Every eighth plain clip goes to another folder under a basename that is taken in the first one.
@@ -189,7 +192,7 @@ def _plan_video(rng: np.random.Generator, index: int, words: list[tuple[str, str
         path=f"more/clip_{index // 8:04d}.mp4" if aside else f"clips/clip_{index:04d}.mp4",
         scenes=tuple(scenes),
         caption=caption,
-        border=kind == "border",
+        border=edge,
         truncated=kind == "truncated",
         sidecar=(".txt", ".json")[index // 8 % 2] if aside else None,
     )
@@ -241,8 +244,7 @@ def _write_clip(root: str, clip: Clip) -> None:
     path = Path(root) / clip.path
     frames = np.concatenate([render(scene) for scene in clip.scenes])
     if clip.border:
-        edge = round(frames.shape[1] * BORDER_SHARE)
-        frames[:, :edge] = frames[:, -edge:] = 0
+        frames = np.pad(frames, ((0, 0), (clip.border, clip.border), (0, 0), (0, 0)))
     if path.suffix == ".mp4":
         write_mp4(path, frames, FPS, crf=16, preset="veryfast")
     else:
@@ -277,6 +279,6 @@ def _counts(plan: list[Clip]) -> dict[str, int]:
         "images": len(plan) - len(videos),
         "with_sidecar": sum(clip.sidecar is not None for clip in plan),
         "with_cut": sum(len(clip.scenes) > 1 for clip in plan),
-        "with_border": sum(clip.border for clip in plan),
+        "with_border": sum(clip.border > 0 for clip in plan),
         "truncated": sum(clip.truncated for clip in plan),
     }
