@@ -1,0 +1,89 @@
+"""The bidirectional encoder ("HunyuanClip"): a plain BertModel whose last hidden states condition the DiT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_video.errors import UserError
+from megatron_video.text.weights import iterate_weights, load_into, weight_files
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+DEFAULT_MAX_LENGTH = 77
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_PREFIX = "bert."
+# Parts of other checkpoints of this family that take no part in the last hidden state.
+_IGNORED_PREFIXES = ("cls.", "pooler.", "embeddings.position_ids", "logit_scale", "text_projection", "visual.")
+
+
+def build_clip(config: dict[str, Any], origin: str, with_pooler: bool = False) -> BertModel:
+    """A BertModel in eval mode from the keys of a Hugging Face config.json.
+
+    Args:
+        config: the parsed file.
+        origin: names it in errors.
+        with_pooler: also build the pooler, which the released file has and whose output nobody reads.
+
+    Raises:
+        UserError: it configures another architecture, or lacks a size.
+    """
+    # Imported here: it takes seconds, and the decoder and the collation do not need it.
+    from transformers import BertConfig, BertModel
+
+    if config.get("model_type", "bert") != "bert":
+        raise UserError(f"{origin}: model_type={config['model_type']!r}, expected 'bert'")
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:
+        raise UserError(f"{origin} is not a BERT configuration: {', '.join(missing)} missing")
+    try:
+        bert_config = BertConfig.from_dict(config)
+        return BertModel(bert_config, add_pooling_layer=with_pooler).eval()
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{origin} is not a BERT configuration: {error}") from None
+
+
+def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep what the encoder consists of, under BertModel's own names.
+
+    In a file with the `bert.` prefix everything else belongs to other heads; in one without, only the names listed
+    in this module are passed over, so that a foreign file is noticed.
+    """
+    if any(name.startswith(_PREFIX) for name in weights):
+        weights = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
+    return {name: value for name, value in weights.items() if not name.startswith(_IGNORED_PREFIXES)}
+
+
+def load_clip(folder: Path, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> BertModel:
+    """The encoder of a released or built folder, without its pooler.
+
+    Raises:
+        UserError: weights that are missing, unknown, or of another shape, by name.
+    """
+    with torch.device("meta"):
+        model = build_clip(config, str(folder / "config.json"))
+    weights = encoder_weights(dict(iterate_weights(weight_files(folder))))
+    load_into(model, iter(weights.items()), folder, device, dtype)
+    # These two are in no file and would stay on the meta device.
+    positions = torch.arange(model.config.max_position_embeddings, device=device)[None]
+    model.embeddings.register_buffer("position_ids", positions, persistent=False)
+    model.embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
+    return model.requires_grad_(False)
+
+
+def clip_states(model: BertModel, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """token_ids [b, n] int64, mask [b, n] (1 = token, 0 = pad) -> last hidden states [b, n, hidden], pads included."""
+    states: Tensor = model(input_ids=token_ids, attention_mask=mask).last_hidden_state
+    return states
