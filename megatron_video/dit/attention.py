@@ -1,0 +1,105 @@
+"""Self- and cross-attention of the DiT on megatron-core's attention modules.
+
+Projections, head partitioning and checkpoint layout are megatron-core's. The forward passes are our own: they take
+the rotary table and the number of real tokens by name, and leave out megatron-core's inference branches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from megatron_video.dit.rope import Rope
+
+
+class SDPACoreAttention(nn.Module):
+    """softmax(QK^T / sqrt(d)) V through torch's scaled_dot_product_attention, on any device."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.softmax_scale = config.softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [sq, b, heads, head_dim]; `key` and `value` [sk, b, heads, head_dim].
+            attention_mask: megatron-core's sense, True = hidden, broadcastable to [b, heads, sq, sk], or None.
+
+        Returns:
+            [sq, b, heads * head_dim].
+        """
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        visible = None if attention_mask is None else ~attention_mask
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.softmax_scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class DiTSelfAttention(SelfAttention):
+    """Full attention over all tokens of a video, QK-norm per head, rotary embedding of (frame, row, column)."""
+
+    def forward(self, hidden_states: Tensor, rope: Rope, num_tokens: int) -> Tensor:
+        """Attend over the `num_tokens` real tokens; padding at the end is neither a key nor a query.
+
+        Args:
+            hidden_states: [s, b, D], this rank's tokens under sequence parallelism.
+            rope: tables for exactly `num_tokens` tokens.
+
+        Returns:
+            [s, b, D]; zero attention output at padding.
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        padding = query.shape[0] - num_tokens
+        if padding:
+            query, key, value = (x[:num_tokens] for x in (query, key, value))
+        context = self.core_attention(
+            rope.rotate(query), rope.rotate(key), value, None, attn_mask_type=AttnMaskType.no_mask
+        )
+        if padding:
+            context = F.pad(context, (0, 0, 0, 0, 0, padding))
+        out, _ = self.linear_proj(context)
+        return out
+
+
+class DiTCrossAttention(CrossAttention):
+    """Attention from video tokens to text tokens, QK-norm per head, no rotary embedding (reference 1.3, step 5)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: CrossAttentionSubmodules,
+        qk_norm: type[nn.Module],
+        layer_number: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, AttnMaskType.padding, **kwargs)
+        # These names make megatron-core sum the gradients over tensor-parallel ranks, each of which sees its own heads.
+        sizes = {"hidden_size": self.hidden_size_per_attention_head, "config": config, "eps": config.layernorm_epsilon}
+        self.q_layernorm = build_module(qk_norm, **sizes)
+        self.k_layernorm = build_module(qk_norm, **sizes)
+
+    def forward(self, hidden_states: Tensor, text: Tensor, hidden_text: Tensor | None) -> Tensor:
+        """Attend to the visible text.
+
+        Args:
+            hidden_states: [s, b, D], this rank's tokens under sequence parallelism.
+            text: [L, b, D], the same on every tensor- and context-parallel rank.
+            hidden_text: bool [b, 1, 1, L], True where a text token must not be seen; None where all are visible.
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_states, text)
+        mask_type = AttnMaskType.no_mask if hidden_text is None else AttnMaskType.padding
+        context = self.core_attention(
+            self.q_layernorm(query), self.k_layernorm(key), value, hidden_text, attn_mask_type=mask_type
+        )
+        out, _ = self.linear_proj(context)
+        return out

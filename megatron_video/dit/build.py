@@ -1,0 +1,105 @@
+"""From a DiT's sizes and a layout to this rank's modules."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from megatron_video.dit.config import DiTConfig
+from megatron_video.dit.init import initialize_parameters
+from megatron_video.dit.model import VideoDiT
+from megatron_video.dit.specs import get_layer_spec
+from megatron_video.dit.stage import stages_of_rank
+from megatron_video.errors import UserError
+from megatron_video.parallel import ParallelConfig
+
+
+def build_dit(
+    dit: DiTConfig,
+    parallel: ParallelConfig,
+    params_dtype: torch.dtype,
+    *,
+    device: torch.device,
+    init_seed: int | None = 0,
+) -> list[VideoDiT]:
+    """This rank's part of the model: one module, or one per chunk under the interleaved schedule.
+
+    `initialize_parallel` must have been called. With `init_seed=None`, or on the meta device, parameters are left
+    unset, to be loaded.
+
+    Raises:
+        UserError: heads or feed-forward width do not divide over tensor-parallel ranks, or layers over stages.
+    """
+    _check_divides(dit, parallel)
+    config = transformer_config(dit, parallel, params_dtype)
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp"])
+    spec = get_layer_spec(parallel.transformer_impl)
+    chunks = []
+    for stage in stages_of_rank(dit.num_layers, parallel, parallel_state.get_pipeline_model_parallel_rank()):
+        with torch.device(device):
+            model = VideoDiT(dit, config, spec, stage, groups)
+        if init_seed is not None and device.type != "meta":
+            initialize_parameters(model, config, init_seed, groups.tp.rank(), groups.tp.size())
+        chunks.append(model)
+    return chunks
+
+
+def transformer_config(dit: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration for this model under this layout."""
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    config = TransformerConfig(
+        num_layers=dit.num_layers,
+        hidden_size=dit.hidden_size,
+        num_attention_heads=dit.num_attention_heads,
+        kv_channels=dit.attention_head_dim,
+        ffn_hidden_size=dit.ffn_multiplier * dit.hidden_size,
+        layernorm_epsilon=1e-6,  # of QK-norm; the blocks' LayerNorms set their own
+        qk_layernorm=True,
+        add_bias_linear=False,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=dit.init_std or (2 / (5 * dit.hidden_size)) ** 0.5,
+        perform_initialization=False,  # megatron_video.dit.init does it, equal under every layout
+        use_cpu_initialization=parallel.transformer_impl == "local",
+        params_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        pipeline_dtype=params_dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=pipelined,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, experts or not
+        # With two stages, batched point-to-point would pair two messages to one peer wrongly.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # gloo sends read the output's storage after the schedule would have freed it.
+        deallocate_pipeline_outputs=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+    config.has_cond_embedder = True  # sum the embedders' gradients over pipeline stages
+    return config
+
+
+def _check_divides(dit: DiTConfig, parallel: ParallelConfig) -> None:
+    size = parallel.tensor_model_parallel_size
+    if dit.num_attention_heads % size:
+        fitting = [n for n in range(1, dit.num_attention_heads + 1) if dit.num_attention_heads % n == 0]
+        raise UserError(
+            f"tensor_model_parallel_size={size} does not divide num_attention_heads={dit.num_attention_heads}; "
+            f"sizes that do: {', '.join(map(str, fitting))}"
+        )

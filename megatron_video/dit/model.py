@@ -1,0 +1,188 @@
+"""The video DiT: patch embedding, conditioning, blocks, head; a module is one pipeline stage (or virtual chunk)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    checkpoint,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+
+from megatron_video.dit.config import DiTConfig
+from megatron_video.dit.embedders import PatchEmbedding, TextProjection, TimeConditioning, hidden_text_mask
+from megatron_video.dit.layer import DiTLayer
+from megatron_video.dit.norms import mark_sequence_parallel
+from megatron_video.dit.rope import build_rope
+from megatron_video.dit.specs import LayerSpec
+from megatron_video.dit.stage import Stage
+from megatron_video.errors import UserError
+
+
+class OutputHead(nn.Module):
+    """LayerNorm without affine, (shift, scale) = table + time embedding, linear to patches (reference 1.3, step 6)."""
+
+    def __init__(self, dit: DiTConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm_eps = dit.norm_eps
+        self.modulation_table = nn.Parameter(torch.empty(2, dit.hidden_size, dtype=config.params_dtype))
+        self.projection = nn.Linear(dit.hidden_size, dit.out_channels * dit.patch_size**2, dtype=config.params_dtype)
+        mark_sequence_parallel(self, config)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[s, b, D] tokens and [b, D] time embedding -> [s, b, p * p * C]."""
+        shift, scale = (self.modulation_table[:, None, :] + embedding).unsqueeze(1)
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.norm_eps)
+        return self.projection(torch.addcmul(shift, normed, scale + 1))
+
+
+class VideoDiT(MegatronModule):
+    """One stage of the DiT. Between stages travels one tensor, the hidden states [s, b, D] of this rank's tokens."""
+
+    share_embeddings_and_output_weights = False  # megatron-core asks when it reduces embedding gradients
+
+    def __init__(
+        self, dit: DiTConfig, config: TransformerConfig, spec: LayerSpec, stage: Stage, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.dit_config, self.stage, self.groups = dit, stage, groups
+        self.pre_process, self.post_process, self.vp_stage = stage.is_first, stage.is_last, stage.virtual_stage
+        self.patch_embedding = PatchEmbedding(dit, config) if stage.is_first else None
+        self.time_conditioning = TimeConditioning(dit, config, spec, groups)
+        self.text_projection = TextProjection(dit, config)
+        # Keyed by the layer's number in the whole model: names are the same under every pipeline layout.
+        self.layers = nn.ModuleDict({str(i): DiTLayer(config, spec, i + 1, groups) for i in stage.layer_numbers})
+        self.head = OutputHead(dit, config) if stage.is_last else None
+        self._input_tensor: Tensor | None = None
+        self._mark_replicated_embedders()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the previous stage (called by megatron-core's schedules)."""
+        self._input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        llm_states: Tensor,
+        clip_states: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        fps: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity data - noise at `latents`.
+
+        Args:
+            latents: noised latents [b, T, C, h, w]; later stages read only their shape.
+            timestep: fp32 [b] in [0, 1), 0 = noise.
+            llm_states: Step-LLM states [b, L1, d1], padded on the right; `clip_states` [b, L2, d2], all slots.
+            text_lengths: int [b], number of visible text tokens (L2 + real Step-LLM tokens); None if all are visible.
+            fps: [b], with additional conditions.
+
+        Returns:
+            Velocity [b, T, C_out, h, w] on the last stage, else hidden states [s, b, D] of this rank's tokens.
+
+        Raises:
+            UserError: latents whose height or width is not a multiple of the patch size.
+        """
+        grid = self._patched_grid(latents)
+        tokens = grid[0] * grid[1] * grid[2]
+        embedding, modulation = self.time_conditioning(timestep, grid, fps)
+        text = self.text_projection(llm_states, clip_states)
+        hidden_text = hidden_text_mask(text_lengths, text.shape[0])
+        x = self._embed(latents) if self.stage.is_first else self._received()
+        rope = build_rope(
+            grid,
+            tuple(self.dit_config.rope_channel_split or ()),
+            text.dtype,
+            text.device,
+            self.dit_config.released_precision,
+        )
+        for position, layer in enumerate(self.layers.values()):
+            inputs = (x, modulation, text, hidden_text, rope, tokens)
+            recomputed = self.training and position < self.stage.recomputed_layers
+            x = checkpoint(layer, False, *inputs) if recomputed else layer(*inputs)
+        return self._predict(x, embedding, grid) if self.stage.is_last else x
+
+    def padded_tokens(self, tokens: int) -> int:
+        """`tokens` rounded up so that sequence parallelism can cut them evenly."""
+        parts = self.groups.tp.size() if self.config.sequence_parallel else 1
+        return -(-tokens // parts) * parts
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Distributed-checkpoint view: every tensor under its name in the whole model, each with one main replica."""
+        state: dict[str, Any] = {}
+        for name, module in self.named_children():
+            if name == "layers":
+                for number, layer in self.layers.items():
+                    state |= sharded_state_dict_default(layer, f"{prefix}layers.{number}.", sharded_offsets, metadata)
+                continue
+            part = sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.groups.tp
+            )
+            if name in ("time_conditioning", "text_projection"):
+                self._number_replicas(part)
+            state |= part
+        return state
+
+    def _embed(self, latents: Tensor) -> Tensor:
+        """[b, T, C, h, w] -> this rank's tokens [s, b, D], t major, then row, then column."""
+        p = self.dit_config.patch_size
+        b, t, c, h, w = latents.shape
+        patches = latents.view(b, t, c, h // p, p, w // p, p).permute(1, 3, 5, 0, 2, 4, 6)
+        patches = patches.reshape(t * (h // p) * (w // p), b, c * p * p)
+        if self.config.sequence_parallel:
+            padding = self.padded_tokens(len(patches)) - len(patches)
+            patches = F.pad(patches, (0, 0, 0, 0, 0, padding))
+            patches = patches.chunk(self.groups.tp.size())[self.groups.tp.rank()]
+        assert self.patch_embedding is not None
+        return self.patch_embedding(patches)
+
+    def _received(self) -> Tensor:
+        assert self._input_tensor is not None, "set_input_tensor must come before forward on a later stage"
+        return self._input_tensor
+
+    def _predict(self, x: Tensor, embedding: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        assert self.head is not None
+        if self.config.sequence_parallel:
+            # The head sees this rank's tokens only, so the embedding's gradient is summed over the ranks.
+            embedding = copy_to_tensor_model_parallel_region(embedding, group=self.groups.tp)
+        out = self.head(x, embedding)
+        if self.config.sequence_parallel:
+            out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.groups.tp)
+        t, rows, columns = grid
+        p, b = self.dit_config.patch_size, out.shape[1]
+        out = out[: t * rows * columns].view(t, rows, columns, b, p, p, -1)
+        return out.permute(3, 0, 6, 1, 4, 2, 5).reshape(b, t, -1, rows * p, columns * p)
+
+    def _patched_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        p = self.dit_config.patch_size
+        _, frames, channels, height, width = latents.shape
+        if channels != self.dit_config.in_channels:
+            raise UserError(
+                f"latents have {channels} channels, the model takes in_channels={self.dit_config.in_channels}"
+            )
+        if height % p or width % p:
+            raise UserError(f"latents of {height} x {width} do not divide by patch_size={p}")
+        return frames, height // p, width // p
+
+    def _mark_replicated_embedders(self) -> None:
+        """Every stage has the embedders: their gradients are summed over stages, their norm is counted once."""
+        for module in (self.time_conditioning, self.text_projection):
+            for parameter in module.parameters():
+                parameter.pipeline_parallel = True  # type: ignore[union-attr]
+                parameter.shared = not self.stage.is_first  # type: ignore[union-attr]
+
+    def _number_replicas(self, part: dict[str, Any]) -> None:
+        for tensor in part.values():
+            if isinstance(getattr(tensor, "replica_id", None), tuple):
+                tensor.replica_id = (self.stage.number, *tensor.replica_id[1:])

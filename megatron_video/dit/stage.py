@@ -1,0 +1,61 @@
+"""Which part of the model a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_video.errors import UserError
+from megatron_video.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage, or one chunk of it under the interleaved schedule."""
+
+    number: int
+    """Place in the order of the data's way through the model."""
+    count: int
+    """Number of stages times chunks."""
+    virtual_stage: int | None
+    """Index of the chunk on its rank; None without virtual pipeline stages."""
+    layer_numbers: range
+    """Layers of the whole model held here."""
+    recomputed_layers: int
+    """How many of them, from the first, recompute their activations in the backward pass."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the patch embedding is here."""
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the output head is here."""
+        return self.number == self.count - 1
+
+
+def stages_of_rank(num_layers: int, parallel: ParallelConfig, pipeline_rank: int) -> list[Stage]:
+    """The stage, or under the interleaved schedule the chunks, of one pipeline rank.
+
+    Raises:
+        UserError: the layers do not divide over the stages.
+    """
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    pipeline = parallel.pipeline_model_parallel_size
+    count = pipeline * chunks
+    if num_layers % count:
+        fitting = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+        raise UserError(
+            f"num_layers={num_layers} does not divide over pipeline_model_parallel_size={pipeline} x "
+            f"{chunks} chunk(s); stages x chunks that work: {', '.join(map(str, fitting))}"
+        )
+    per_stage = num_layers // count
+    recompute = parallel.recompute_num_layers
+    recomputed = per_stage if recompute < 0 else min(recompute, per_stage)
+    stages = []
+    for chunk in range(chunks):
+        number = chunk * pipeline + pipeline_rank
+        layers = range(number * per_stage, (number + 1) * per_stage)
+        virtual = chunk if chunks > 1 else None
+        stages.append(Stage(number, count, virtual, layers, recomputed))
+    return stages

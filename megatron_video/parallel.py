@@ -1,0 +1,159 @@
+"""Process groups: which rank does what.
+
+The rank grid is one picture, megatron-core's own default order: `arange(world).view(pp, dp, cp, tp)`.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_video.config_io import config_dataclass
+from megatron_video.device import DeviceInfo
+
+
+@config_dataclass
+class ParallelConfig:
+    """How one model is laid out over ranks; the data-parallel size is what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks over which every weight matrix, and with it the attention heads, is split."""
+    sequence_parallel: bool = False
+    """Split the tokens between the tensor-parallel regions over the same ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Stages into which the layers are cut."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers per stage for the interleaved schedule; null for plain 1F1B."""
+    context_parallel_size: int = 1
+    """Ranks over which the tokens of one sample are split for attention; only 1 is built so far."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass of the last micro-batch."""
+    overlap_param_gather: bool = False
+    """Gather parameters during the forward pass of the first micro-batch (needs use_distributed_optimizer)."""
+    recompute_num_layers: int = 0
+    """Layers per stage chunk whose activations are recomputed in the backward pass; -1 for all."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Layer spec: torch on any device, or Transformer Engine (CUDA)."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work.
+
+        Raises:
+            ValueError: naming the fields, the values and the way out.
+        """
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel=true needs tensor_model_parallel_size of at least 2, not 1")
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            raise ValueError("overlap_param_gather=true needs use_distributed_optimizer=true")
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather=true needs overlap_grad_reduce=true")
+        if self.context_parallel_size != 1:
+            raise ValueError(f"context_parallel_size={self.context_parallel_size} is not built yet; allowed: 1")
+        self._check_virtual_pipeline()
+
+    def _check_virtual_pipeline(self) -> None:
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual is None:
+            return
+        if virtual < 2:
+            raise ValueError(f"virtual_pipeline_model_parallel_size={virtual}: use null, or 2 and more")
+        if self.pipeline_model_parallel_size < 2:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size of at least 2"
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+def initialize_parallel(parallel: ParallelConfig, seed: int, device_info: DeviceInfo) -> None:
+    """Start torch.distributed (one process without torchrun too) and build megatron-core's process groups.
+
+    `seed` seeds megatron-core's tensor-parallel RNG tracker, which only dropout would use.
+
+    Raises:
+        ValueError: the world size is not a multiple of TP x PP x CP.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        _start_distributed(device_info)
+    world_size = dist.get_world_size()
+    if world_size % parallel.model_parallel_size:
+        raise ValueError(
+            f"{world_size} ranks cannot hold whole copies of a model laid out over {parallel.model_parallel_size} "
+            f"(tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} x "
+            f"context_parallel_size={parallel.context_parallel_size}); start a multiple of that many ranks"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=device_info.backend != "gloo",
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _start_distributed(device_info: DeviceInfo) -> None:
+    timeout = timedelta(minutes=30)
+    if "RANK" in os.environ:
+        dist.init_process_group(device_info.backend, timeout=timeout)
+    else:
+        dist.init_process_group(device_info.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def destroy_parallel(keep_distributed: bool = False) -> None:
+    """Tear the process groups down; with `keep_distributed` another layout can be built in the same processes."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if not keep_distributed and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel_rank() -> int:
+    """This rank's place among the model's replicas."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_parallel_size() -> int:
+    """Number of replicas of the model."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def is_first_stage() -> bool:
+    """Whether this rank holds the patch embedding (pipeline stage 0, whatever its virtual chunk)."""
+    from megatron.core import parallel_state
+
+    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=True))
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the output head (the last pipeline stage, whatever its virtual chunk)."""
+    from megatron.core import parallel_state
+
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def rank_grid(parallel: ParallelConfig, world_size: int) -> torch.Tensor:
+    """Ranks as a grid [pp, dp, cp, tp]."""
+    shape = (parallel.pipeline_model_parallel_size, -1, parallel.context_parallel_size)
+    return torch.arange(world_size).view(*shape, parallel.tensor_model_parallel_size)
