@@ -13,6 +13,7 @@ REQUIRED = [
     "torch>=2.6,<2.14",
     "megatron-core>=0.16.1,<0.17",  # 0.16.1 is the version the device module was audited against
     "numpy>=1.26,<3",
+    "packaging>=24.2",
     "psutil>=5.9,<8",  # megatron-core's asynchronous save hangs without it
     "einops>=0.8,<0.9",
     "safetensors>=0.5,<0.8",
