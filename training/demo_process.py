@@ -1,0 +1,120 @@
+"""Child processes of the demo: output streamed to the console and a log, nothing left running, killed on request."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+POLL_SECONDS = 0.1
+
+
+def run_streamed(
+    command: Sequence[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    kill_when: Callable[[], bool] | None = None,
+) -> int:
+    """Run `command` to its end and return its exit code; negative is a signal, as in `subprocess`.
+
+    Args:
+        command: program and arguments.
+        log: gets the command line and all output; a log of an earlier try is kept above it.
+        environment: variables to add to those of this process.
+        kill_when: asked several times a second; once it says true, the whole process tree gets SIGKILL.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"$ {shlex.join(command)}\n")
+        stream.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **(environment or {})},
+            # Its own group: Ctrl-C reaches this process only, which then ends the whole tree.
+            start_new_session=True,
+        )
+        with _ended_with_us(process), _killer(process, kill_when):
+            assert process.stdout is not None
+            for line in process.stdout:
+                stream.write(line)
+                stream.flush()
+                print(f"    {line}", end="", flush=True)
+            return process.wait()
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all its descendants, and wait until they are gone."""
+    try:
+        root = psutil.Process(pid)
+        # torchrun starts each rank in a session of its own, so a signal to the process group would miss them.
+        doomed = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    # The parent goes first: it must not see its children die and end in good order.
+    for process in doomed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(doomed, timeout=30)
+
+
+@contextlib.contextmanager
+def _ended_with_us(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever ends this process (an error, Ctrl-C, SIGTERM) ends the child's tree too."""
+    with _sigterm_raises():
+        try:
+            yield
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _killer(process: subprocess.Popen[str], kill_when: Callable[[], bool] | None) -> Iterator[None]:
+    if kill_when is None:
+        yield
+        return
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(POLL_SECONDS):
+            if kill_when():
+                kill_tree(process.pid)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
