@@ -26,6 +26,7 @@ REQUIRED = [
     "opencv-python-headless>=5,<6",  # from 5 on it brings a font that writes Chinese captions
     "pillow>=10,<13",
     "transformers>=4.50,<6",
+    "tokenizers>=0.21,<0.24",
     "sentencepiece>=0.2,<0.3",
     "tensorboard>=2.18,<3",
     "matplotlib>=3.9,<4",

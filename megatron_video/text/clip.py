@@ -29,6 +29,19 @@ _PREFIX = "bert."
 _IGNORED_PREFIXES = ("cls.", "pooler.", "embeddings.position_ids", "logit_scale", "text_projection", "visual.")
 
 
+def require_bert(config: dict[str, Any], origin: str) -> None:
+    """Check that a config.json names every size of a BERT encoder.
+
+    Raises:
+        UserError: it configures another architecture, or lacks a size.
+    """
+    if config.get("model_type", "bert") != "bert":
+        raise UserError(f"{origin}: model_type={config['model_type']!r}, expected 'bert'")
+    wrong = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
+    if wrong:
+        raise UserError(f"{origin} is not a BERT configuration: {', '.join(wrong)} missing or no whole number")
+
+
 def build_clip(config: dict[str, Any], origin: str, with_pooler: bool = False) -> BertModel:
     """A BertModel in eval mode from the keys of a Hugging Face config.json.
 
@@ -43,11 +56,7 @@ def build_clip(config: dict[str, Any], origin: str, with_pooler: bool = False) -
     # Imported here: it takes seconds, and the decoder and the collation do not need it.
     from transformers import BertConfig, BertModel
 
-    if config.get("model_type", "bert") != "bert":
-        raise UserError(f"{origin}: model_type={config['model_type']!r}, expected 'bert'")
-    missing = [key for key in _REQUIRED if key not in config]
-    if missing:
-        raise UserError(f"{origin} is not a BERT configuration: {', '.join(missing)} missing")
+    require_bert(config, origin)
     try:
         bert_config = BertConfig.from_dict(config)
         return BertModel(bert_config, add_pooling_layer=with_pooler).eval()

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_video.errors import UserError
-from megatron_video.text.clip import DEFAULT_MAX_LENGTH, clip_states, load_clip
+from megatron_video.text.clip import DEFAULT_MAX_LENGTH, clip_states, load_clip, require_bert
 from megatron_video.text.step_llm import StepLLM, StepLLMConfig
 from megatron_video.text.tokenizers import (
     CLIP_VOCABULARY_FILE,
@@ -166,12 +166,18 @@ def _load_clip_folder(folder: Path, device: torch.device, dtype: torch.dtype) ->
     model_folder, tokenizer_folder = _clip_folders(folder)
     config_file = model_folder / "config.json"
     config = read_json(config_file)
-    model = load_clip(model_folder, config, device, dtype)
-    max_length = config.get("caption_max_length", DEFAULT_MAX_LENGTH)
-    if not isinstance(max_length, int) or not 3 <= max_length <= config["max_position_embeddings"]:
-        limit = f"3 to max_position_embeddings={config['max_position_embeddings']}"
-        raise UserError(f"{config_file}: caption_max_length={max_length!r} is outside {limit}")
-    return model, ClipTokenizer.load(tokenizer_folder, config["vocab_size"], max_length)
+    max_length = _clip_max_length(config, config_file)
+    # The tokenizer first: a wrong one is noticed before gigabytes are read.
+    tokenizer = ClipTokenizer.load(tokenizer_folder, config["vocab_size"], max_length)
+    return load_clip(model_folder, config, device, dtype), tokenizer
+
+
+def _clip_max_length(config: dict[str, Any], origin: Path) -> int:
+    require_bert(config, str(origin))
+    max_length, most = config.get("caption_max_length", DEFAULT_MAX_LENGTH), config["max_position_embeddings"]
+    if not isinstance(max_length, int) or not 3 <= max_length <= most:
+        raise UserError(f"{origin}: caption_max_length={max_length!r} is outside 3 to max_position_embeddings={most}")
+    return max_length
 
 
 def _load_llm_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[StepLLM, StepTokenizer]:
