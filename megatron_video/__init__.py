@@ -1,5 +1,10 @@
 """Megatron-Video: the model library (DiT, Video-VAE, text encoders, flow matching, parallel building blocks)."""
 
+import warnings
 from pathlib import Path
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
+
+# megatron-core repeats these in every process, on import or per module; `megatron-video doctor` says what is missing.
+for _message in ("(Transformer Engine and )?Apex (is|are) not installed", "full scope is deprecated", ".*tp_group is None"):
+    warnings.filterwarnings("ignore", message=_message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,9 +107,10 @@ class VideoDiT(MegatronModule):
             self.dit_config.released_precision,
         )
         for position, layer in enumerate(self.layers.values()):
-            inputs = (x, modulation, text, hidden_text, rope, tokens)
+            run = partial(layer, rope=rope, tokens=tokens)
             recomputed = self.training and position < self.stage.recomputed_layers
-            x = checkpoint(layer, False, *inputs) if recomputed else layer(*inputs)
+            inputs = (x, modulation, text, hidden_text)
+            x = checkpoint(run, False, *inputs) if recomputed else run(*inputs)
         return self._predict(x, embedding, grid) if self.stage.is_last else x
 
     def padded_tokens(self, tokens: int) -> int:

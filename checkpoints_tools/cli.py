@@ -1,0 +1,71 @@
+"""`megatron-video ckpt`: convert checkpoints between their forms, and compare two of them bit by bit."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoints_tools.convert import convert, digests, open_checkpoint
+from checkpoints_tools.released import GIGABYTE
+
+DIFFERENT_EXIT_CODE = 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `megatron-video ckpt ...`."""
+    arguments = _parser().parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-video ckpt", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "convert",
+        help="megatron-core checkpoint -> released Hugging Face folder, or back",
+        description="The direction follows from what --in is. Dtypes are kept: the way there and back is exact.",
+    )
+    command.add_argument("--in", dest="source", type=Path, required=True, help="run, step or Hugging Face folder")
+    command.add_argument("--out", type=Path, required=True, help="folder to create; an existing one is refused")
+    command.add_argument("--max-shard-gb", type=float, default=10.0, help="largest safetensors file, GB (default 10)")
+    command.add_argument("--no-verify", action="store_true", help="skip reading the output back and comparing hashes")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        "compare", help="are the weights of two checkpoints, of either form, equal bit by bit?"
+    )
+    command.add_argument("first", type=Path)
+    command.add_argument("second", type=Path)
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_compare)
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    shard_bytes = int(arguments.max_shard_gb * GIGABYTE)
+    report = convert(arguments.source, arguments.out, shard_bytes=shard_bytes, verify=not arguments.no_verify)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        checked = "every tensor verified by sha256" if report.verified else "not verified"
+        print(f"{report.direction}: {report.tensors} tensors, {report.parameters:,} parameters, {checked}")
+        print(f"written: {report.output}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    first, second = digests(open_checkpoint(arguments.first)), digests(open_checkpoint(arguments.second))
+    different = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+    if arguments.json:
+        print(json.dumps({"equal": not different, "tensors": len({*first, *second}), "different": different}))
+    elif different:
+        print(f"{len(different)} of {len({*first, *second})} tensors differ or lack a partner:")
+        print("\n".join(f"  {name}" for name in different))
+    else:
+        print(f"equal: {len(first)} tensors, bit by bit")
+    return DIFFERENT_EXIT_CODE if different else 0
