@@ -57,19 +57,20 @@ def run_streamed(
             return process.wait()
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL for a process and all its descendants, and wait until they are gone."""
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a child process and all its descendants, and wait until they are gone."""
     try:
-        root = psutil.Process(pid)
         # torchrun starts each rank in a session of its own, so a signal to the process group would miss them.
-        doomed = [root, *root.children(recursive=True)]
+        descendants = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return
     # The parent goes first: it must not see its children die and end in good order.
-    for process in doomed:
+    process.kill()
+    for descendant in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(doomed, timeout=30)
+            descendant.kill()
+    process.wait()
+    psutil.wait_procs(descendants, timeout=30)
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def _ended_with_us(process: subprocess.Popen[str]) -> Iterator[None]:
             yield
         finally:
             if process.poll() is None:
-                kill_tree(process.pid)
+                kill_tree(process)
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def _killer(process: subprocess.Popen[str], kill_when: Callable[[], bool] | None
     def watch() -> None:
         while not finished.wait(POLL_SECONDS):
             if kill_when():
-                kill_tree(process.pid)
+                kill_tree(process)
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
