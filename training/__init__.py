@@ -1,0 +1,6 @@
+"""Training runs of every kind: pretraining, the Video-VAE, and their demo."""
+
+import warnings
+
+# Without Transformer Engine megatron-core warns four times in every rank; a run's first lines name its layer spec.
+warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")

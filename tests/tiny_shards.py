@@ -1,0 +1,47 @@
+"""Small made-up shards for tests of training, through the real writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_video.buckets import parse_bucket
+from megatron_video.shard_schema import DatasetInfo, ShardSample, shard_name
+from megatron_video.shards import ShardWriter, finish_dataset, write_null_text
+
+LATENT_CHANNELS, LLM_DIM, CLIP_DIM, CLIP_SLOTS = 4, 16, 8, 5
+
+MODEL_OVERRIDES = [
+    "model.num_layers=2",
+    "model.num_attention_heads=2",
+    "model.attention_head_dim=16",
+    f"model.in_channels={LATENT_CHANNELS}",
+    f"model.out_channels={LATENT_CHANNELS}",
+    f"model.caption_channels=[{LLM_DIM},{CLIP_DIM}]",
+]
+
+
+def write_tiny_shards(folder: Path, counts: dict[str, int] | None = None, seed: int = 0) -> Path:
+    """Shards with `counts` samples per bucket (17x48x48, 17x48x64 and 1x48x48 unless told otherwise)."""
+    counts = counts or {"17x48x48": 20, "17x48x64": 12, "1x48x48": 9}
+    generator = torch.Generator().manual_seed(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        with ShardWriter(folder, shard_name(number)) as writer:
+            for index in range(count):
+                writer.add(_sample(f"{name}-{seed}-{index}", name, generator), parse_bucket(name))
+    write_null_text(folder, torch.randn(2, LLM_DIM, generator=generator), torch.zeros(CLIP_SLOTS, CLIP_DIM))
+    finish_dataset(folder, DatasetInfo("vae", "text", LATENT_CHANNELS, LLM_DIM, CLIP_DIM, CLIP_SLOTS))
+    return folder
+
+
+def _sample(key: str, bucket: str, generator: torch.Generator) -> ShardSample:
+    frames, height, width = parse_bucket(bucket).latent_shape
+    tokens = int(torch.randint(3, 9, (), generator=generator))
+    return ShardSample(
+        key=key,
+        moments=torch.randn(frames, 2 * LATENT_CHANNELS, height, width, generator=generator),
+        llm=torch.randn(tokens, LLM_DIM, generator=generator),
+        clip=torch.randn(CLIP_SLOTS, CLIP_DIM, generator=generator),
+        metadata={"caption": key, "fps": 25.0},
+    )

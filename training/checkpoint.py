@@ -1,0 +1,279 @@
+"""Checkpoints of a run: `<run>/checkpoints/step_00000100/`, and `latest`, which names the newest complete one.
+
+A checkpoint is a megatron-core distributed checkpoint (torch_dist: any layout loads it) with the resolved `config.yaml`
+and `train_state.json`. It is written under a name ending in `.writing` and renamed when all of it is on disk;
+`train_state.json` lists the other files with their sizes, so that a folder that lost a part is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_video.config_io import build_config, config_to_dict, save_config
+from megatron_video.dit.config import DiTConfig
+from megatron_video.errors import UserError
+
+STATE_FILE, CONFIG_FILE, LATEST_FILE = "train_state.json", "config.yaml", "latest"
+WRITING_SUFFIX = ".writing"
+_STEP_FOLDER = re.compile(r"step_(\d{8})")
+# Optimizer state in the parameters' own shapes, so that any TP, PP and DP can load it.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where the run stands; with the weights and the optimizer, all that a resume needs."""
+
+    step: int = 0
+    """Optimizer steps done (refused ones count: their data was consumed)."""
+    refused_steps: int = 0
+    """Steps whose update was refused for a non-finite loss or gradient."""
+    refused_in_a_row: int = 0
+    """Of which the last ones without a good step between them."""
+    consumed_samples: dict[str, int] = field(default_factory=dict)
+    """Samples drawn from every bucket so far."""
+    data_plan: dict[str, Any] = field(default_factory=dict)
+    """What the order of the data depends on; a resume with another plan is refused."""
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    state: TrainState,
+    config: Any,
+    keep: int = 0,
+) -> Path:
+    """Write a checkpoint from all ranks, publish it, and delete all but the newest `keep` (0: none is deleted).
+
+    Returns:
+        The checkpoint's folder.
+    """
+    target = step_folder(run_dir, state.step)
+    writing = target.with_name(target.name + WRITING_SUFFIX)
+    leads = torch.distributed.get_rank() == 0
+    if leads:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    torch.distributed.barrier()
+    _publish_pending_parameters(model)
+    _collect_write_results_in_process()
+    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(writing))
+    if leads:
+        save_config(config, writing / CONFIG_FILE)
+        _write_state(writing, state)
+        _publish(writing, target)
+        _prune(target.parent, keep)
+    torch.distributed.barrier()
+    return target
+
+
+def load_checkpoint(checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> TrainState:
+    """Load weights and optimizer of a checkpoint written in any layout, and return where it stood."""
+    sharded = _sharded_state(model, optimizer, is_loading=True)
+    loaded = dist_checkpointing.load(sharded, str(checkpoint))
+    for chunk, name in zip(model, _chunk_names(model), strict=True):
+        chunk.module.load_state_dict(loaded[name])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return read_state(checkpoint)
+
+
+def load_model_weights(checkpoint: Path, model_chunks: list[Any]) -> None:
+    """Load only the weights, into a model of any layout (bare chunks or wrapped for data parallelism).
+
+    Raises:
+        UserError: the checkpoint's model has other sizes.
+    """
+    chunks = [getattr(chunk, "module", chunk) for chunk in model_chunks]
+    check_same_model(checkpoint, chunks[0].dit_config)
+    names = _chunk_names(chunks)
+    sharded = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    loaded = dist_checkpointing.load(sharded, str(checkpoint))
+    for chunk, name in zip(chunks, names, strict=True):
+        chunk.load_state_dict(loaded[name])
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest complete one of a run or checkpoints folder.
+
+    Raises:
+        UserError: nothing there, a half-written checkpoint, or a folder that is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a run folder or one of its checkpoints/step_... folders")
+    if (path / STATE_FILE).exists() or path.name.startswith("step_"):
+        fault = find_fault(path)
+        if fault:
+            raise UserError(f"{path} is not a complete checkpoint: {fault}")
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = newest_checkpoint(root)
+    if newest is None:
+        raise UserError(f"{path} holds no complete checkpoint (looked for {root}/step_00000000 and the like)")
+    return newest
+
+
+def newest_checkpoint(checkpoints_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a folder, or None; every newer one that is not complete is reported."""
+    for folder in sorted(checkpoints_dir.glob("step_*"), reverse=True):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder
+        _log.warning("ignoring %s: %s", folder, fault)
+    return None
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None: a half-written name, files that lack or differ in size."""
+    if folder.name.endswith(WRITING_SUFFIX):
+        return "its writing was interrupted; delete it"
+    if not (folder / STATE_FILE).is_file():
+        return f"it has no {STATE_FILE}, so it was not written to its end or is no checkpoint of this program"
+    try:
+        listed: dict[str, int] = json.loads((folder / STATE_FILE).read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {STATE_FILE} is damaged"
+    for name, size in listed.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes, written were {size}"
+    return None
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """The training state stored in a checkpoint."""
+    values = json.loads((checkpoint / STATE_FILE).read_text())
+    return TrainState(**{name: value for name, value in values.items() if name != "files"})
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The resolved configuration stored in a checkpoint, as plain values."""
+    values: dict[str, Any] = yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    return values
+
+
+def read_model_config(checkpoint: str | Path) -> DiTConfig:
+    """Sizes of the model stored in a checkpoint."""
+    checkpoint = Path(checkpoint)
+    return build_config(DiTConfig, read_config(checkpoint)["model"], origin=str(checkpoint / CONFIG_FILE))
+
+
+def check_same_model(checkpoint: Path, model: DiTConfig) -> None:
+    """Refuse weights of a model of other sizes.
+
+    Raises:
+        UserError: naming every field that differs, with both values.
+    """
+    _refuse_differences(checkpoint, "model", read_config(checkpoint)["model"], config_to_dict(model))
+
+
+def check_same_data_plan(checkpoint: Path, plan: dict[str, Any]) -> None:
+    """Refuse to continue with other data or another order of it, which would repeat and drop samples.
+
+    Raises:
+        UserError: naming every property that differs, with both values.
+    """
+    _refuse_differences(checkpoint, "data plan", read_state(checkpoint).data_plan, plan)
+
+
+def _refuse_differences(checkpoint: Path, what: str, stored: dict[str, Any], ours: dict[str, Any]) -> None:
+    names = sorted({*stored, *ours})
+    lines = [
+        f"{name}: {stored.get(name)} there, {ours.get(name)} here"
+        for name in names
+        if stored.get(name) != ours.get(name)
+    ]
+    if lines:
+        raise UserError(
+            f"the {what} of {checkpoint} differs from this configuration: "
+            + "; ".join(lines)
+            + ". Restore these values, or start another run.output_dir (run.initial_weights can take the weights)"
+        )
+
+
+def _chunk_names(model: list[Any]) -> list[str]:
+    return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+
+
+def _sharded_state(
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, is_loading: bool
+) -> dict[str, Any]:
+    chunks = [chunk.module for chunk in model]
+    names = _chunk_names(chunks)
+    state: dict[str, Any] = {n: chunk.sharded_state_dict() for n, chunk in zip(names, chunks, strict=True)}
+    # The optimizer's tensors take their names and cuts from the model's.
+    whole = state["model"] if len(chunks) == 1 else dict(state)
+    state["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=is_loading, metadata=dict(_OPTIMIZER_FORMAT))
+    return state
+
+
+def _publish_pending_parameters(model: list[DistributedDataParallel]) -> None:
+    """With overlapped gathers the last update of other ranks' shards arrives only in the next forward pass."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _collect_write_results_in_process() -> None:
+    """Replace the queue of megatron-core's writer, which comes from a manager process started for every rank.
+
+    In a synchronous save its only writer and reader are this process; the manager would cost seconds of imports and
+    outlive a killed rank.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def _write_state(folder: Path, state: TrainState) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    _write_durably(folder / STATE_FILE, json.dumps({**asdict(state), "files": sizes}, indent=1))
+
+
+def _publish(writing: Path, target: Path) -> None:
+    replaced = target.with_name(target.name + ".replaced")
+    if target.exists():  # this step was saved before, by a life that ended before `latest` moved
+        os.replace(target, replaced)
+    os.replace(writing, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    latest = target.parent / LATEST_FILE
+    _write_durably(latest.with_name(latest.name + WRITING_SUFFIX), target.name + "\n")
+    os.replace(latest.with_name(latest.name + WRITING_SUFFIX), latest)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _prune(checkpoints_dir: Path, keep: int) -> None:
+    if keep == 0:
+        return
+    folders = [path for path in sorted(checkpoints_dir.iterdir()) if _STEP_FOLDER.fullmatch(path.name)]
+    for folder in [path for path in folders if path.name != "step_00000000"][:-keep]:
+        shutil.rmtree(folder)

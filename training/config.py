@@ -1,0 +1,262 @@
+"""What a pretraining run is made of: one dataclass, read from YAML and dotted overrides.
+
+Fields whose values no publication states (betas, warm-up, time density, text dropout, ...) are our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+from megatron_video.config_io import config_dataclass
+from megatron_video.dit.config import DiTConfig
+from megatron_video.errors import UserError
+from megatron_video.flow_matching import TimeDensity
+from megatron_video.parallel import ParallelConfig
+
+PRESET_DIR = Path(__file__).parent / "configs"
+
+
+@config_dataclass
+class RunConfig:
+    """Identity of the run."""
+
+    output_dir: str = "runs/pretrain"
+    """Folder of checkpoints, metrics and logs; a run that finds a checkpoint in it continues from there."""
+    stage: str = "pretrain"
+    """Name of the training stage; part of every noise key, so two stages of one seed draw differently."""
+    seed: int = 0
+    """Seed of initial weights, data order and noise."""
+    initial_weights: str | None = None
+    """Run or checkpoint folder whose model weights a new run starts from (optimizer and data position start anew);
+    ignored when the run continues from a checkpoint of its own. Null: random initial weights."""
+
+
+@config_dataclass
+class DataConfig:
+    """Which samples are trained on, and how they are batched."""
+
+    shards: list[str] = field(default_factory=list)
+    """Shard folders, read as one data set in this order."""
+    buckets: list[str] | None = None
+    """Buckets (one frame count and resolution each) to train on; null for all that the shards hold."""
+    bucket_weights: dict[str, float] = field(default_factory=dict)
+    """Share of the samples drawn from each bucket, which need not sum to 1; names every bucket in use, or is {}:
+    every sample of the data set is drawn equally often."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one replica."""
+    bucket_micro_batch_sizes: dict[str, int] = field(default_factory=dict)
+    """Other micro-batch sizes for single buckets, so that small and large samples cost alike."""
+    global_batch_size: int = 1
+    """Samples of one optimizer step over all replicas and accumulated micro-batches, counted at micro_batch_size."""
+    draw_size: int | None = None
+    """Samples drawn together from one bucket; null for micro_batch_size. The order of the data depends on it and not
+    on micro_batch_size: set it to keep the order when micro_batch_size has to change."""
+    text_dropout: float = 0.1
+    """Probability that a sample is trained with the empty caption, for classifier-free guidance."""
+    workers: int = 0
+    """Processes that read samples and draw their noise; 0 for one thread of the training process."""
+    prefetch_steps: int = 2
+    """Steps whose batches are built ahead."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not cut evenly.
+
+        Raises:
+            ValueError: naming the fields, the values and the way out.
+        """
+        for name in ("micro_batch_size", "global_batch_size", "prefetch_steps"):
+            _check_positive(name, getattr(self, name))
+        if not 0 <= self.text_dropout <= 1:
+            raise ValueError(f"text_dropout={self.text_dropout} must be between 0 and 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must not be negative")
+        if self.samples_per_draw % self.micro_batch_size:
+            raise ValueError(
+                f"draw_size={self.draw_size} must be a multiple of micro_batch_size={self.micro_batch_size}"
+            )
+        if self.global_batch_size % self.samples_per_draw:
+            near = _near_multiples(self.global_batch_size, self.samples_per_draw)
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of "
+                f"{'draw_size' if self.draw_size else 'micro_batch_size'}={self.samples_per_draw}; nearest: {near}"
+            )
+        for name, weight in self.bucket_weights.items():
+            if weight < 0:
+                raise ValueError(f"bucket_weights.{name}={weight} must not be negative")
+        for name, size in self.bucket_micro_batch_sizes.items():
+            _check_positive(f"bucket_micro_batch_sizes.{name}", size)
+
+    @property
+    def samples_per_draw(self) -> int:
+        """Samples drawn together from one bucket, at micro_batch_size."""
+        return self.draw_size if self.draw_size is not None else self.micro_batch_size
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of one optimizer step over all replicas."""
+        return self.global_batch_size // self.micro_batch_size
+
+
+@config_dataclass
+class AdamWConfig:
+    """AdamW, its learning rate over the steps, and gradient clipping."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step of the cosine decay."""
+    warmup_steps: int = 1000
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the mean square gradient."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; norms, biases and modulation tables have none."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        """Refuse values AdamW cannot use.
+
+        Raises:
+            ValueError: naming the fields and the values.
+        """
+        if not 0 <= self.min_learning_rate <= self.learning_rate or self.learning_rate == 0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must be above 0 and min_learning_rate={self.min_learning_rate} "
+                "between 0 and it"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
+        for name in ("warmup_steps", "weight_decay", "clip_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@config_dataclass
+class TrainingConfig:
+    """Length, precision and bookkeeping of the run."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of weights and activations; optimizer state, gradient sums, time and loss are fp32 in both."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    save_initial: bool = False
+    """Also save the weights before the first step, as step_00000000."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept; 0 keeps all. step_00000000 is never deleted."""
+    log_every: int = 10
+    """Steps between console lines and TensorBoard points; metrics.jsonl has every step."""
+    peak_tflops: float | None = None
+    """Peak dense TFLOP/s of one device at this precision, for MFU (H100 / H800 / H200 bf16: 989); null leaves MFU
+    out."""
+    max_refused_steps: int = 20
+    """Consecutive steps that may be refused for a non-finite loss or gradient before the run stops with an error."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts that mean nothing.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        for name in ("steps", "save_every", "log_every", "max_refused_steps"):
+            _check_positive(name, getattr(self, name))
+        if self.keep_checkpoints < 0:
+            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must not be negative")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must be above 0, or null")
+
+
+@config_dataclass
+class PretrainConfig:
+    """Everything that defines a pretraining run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Identity: output folder, stage, seed."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The diffusion transformer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over ranks."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data set and batches."""
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    """AdamW and the learning rate."""
+    flow: TimeDensity = field(default_factory=TimeDensity)
+    """Density of the training timesteps."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length, precision, checkpoints, logs."""
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions between the groups.
+
+        Raises:
+            ValueError: naming the fields, the values and the way out.
+        """
+        heads, tensor = self.model.num_attention_heads, self.parallel.tensor_model_parallel_size
+        if heads % tensor:
+            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size={tensor} does not divide model.num_attention_heads={heads}; "
+                f"that work: {allowed}"
+            )
+        pipeline = self.parallel.pipeline_model_parallel_size
+        chunks = pipeline * (self.parallel.virtual_pipeline_model_parallel_size or 1)
+        if self.model.num_layers % chunks:
+            raise ValueError(
+                f"model.num_layers={self.model.num_layers} cannot be cut into {chunks} equal chunks "
+                f"(pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size="
+                f"{self.parallel.virtual_pipeline_model_parallel_size or 1})"
+            )
+        if self.optimizer.warmup_steps > self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than training.steps="
+                f"{self.training.steps}"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model on `world_size` ranks.
+
+        Raises:
+            UserError: the ranks do not hold whole replicas, or the global batch cannot be shared among them.
+        """
+        model_parallel = self.parallel.model_parallel_size
+        if world_size % model_parallel:
+            near = _near_multiples(world_size, model_parallel)
+            raise UserError(
+                f"{world_size} ranks are not a multiple of TP x PP x CP = {model_parallel}; nearest: {near}"
+            )
+        replicas = world_size // model_parallel
+        if self.data.micro_batches_per_step % replicas:
+            one_round = self.data.micro_batch_size * replicas
+            raise UserError(
+                f"data.global_batch_size={self.data.global_batch_size} must be a multiple of data.micro_batch_size="
+                f"{self.data.micro_batch_size} x data-parallel size {replicas} = {one_round}; "
+                f"nearest: {_near_multiples(self.data.global_batch_size, one_round)}"
+            )
+        self._check_interleaving(self.data.micro_batches_per_step // replicas)
+        return replicas
+
+    def _check_interleaving(self, accumulation: int) -> None:
+        pipeline = self.parallel.pipeline_model_parallel_size
+        if self.parallel.virtual_pipeline_model_parallel_size and accumulation % pipeline:
+            raise UserError(
+                f"the interleaved schedule needs micro-batches per replica ({accumulation}) to be a multiple of "
+                f"parallel.pipeline_model_parallel_size={pipeline}; change data.global_batch_size"
+            )
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _near_multiples(value: int, unit: int) -> str:
+    lower = value // unit * unit
+    return f"{lower} or {lower + unit}" if lower else f"{unit}"

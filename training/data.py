@@ -1,0 +1,209 @@
+"""Batches of the training run: samples of the plan, noised, collated, and built ahead of the step that needs them.
+
+Every rank of a replica builds the same batch from the same pure functions; nothing is sent between ranks.
+Shapes: b samples, T latent frames, C channels, h x w latent pixels, L text tokens, d text width.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_video.dit.config import DiTConfig
+from megatron_video.flow_matching import TimeDensity, interpolate, velocity
+from megatron_video.noise import NoiseSource
+from megatron_video.shard_schema import ShardSample
+from megatron_video.vae import sample_posterior
+from training.data_plan import DataPlan, PlannedBatch
+from training.data_set import TrainingData
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, ready for the model."""
+
+    latents: Tensor
+    """x_t, [b, T, C, h, w] fp32."""
+    timestep: Tensor
+    """t, [b] fp32 in [0, 1)."""
+    llm_states: Tensor
+    """[b, L, d_llm], rows padded with zeros to the longest."""
+    clip_states: Tensor | None
+    """[b, slots, d_clip], or None for a model without CLIP."""
+    text_lengths: Tensor
+    """[b] int64: CLIP slots + true Step-LLM tokens."""
+    target: Tensor
+    """Velocity x0 - noise, [b, T, C, h, w] fp32."""
+    fps: Tensor | None = None
+    """[b] fp32 frames per second, for models with additional conditions."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        if device.type == "cpu":
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU overlap with computation."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Batch:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Turns planned samples into a batch; a pure function of the plan."""
+
+    data: TrainingData
+    noise: NoiseSource
+    density: TimeDensity
+    text_dropout: float
+    text_dtype: torch.dtype
+    model: DiTConfig
+
+    def build(self, planned: PlannedBatch) -> Batch:
+        """Read, noise and collate the samples of one micro-batch.
+
+        Raises:
+            UserError: a sample is damaged, or its latent does not fit its bucket.
+        """
+        drawn = zip(planned.samples, planned.epochs, strict=True)
+        rows = [self._row(int(sample), int(epoch)) for sample, epoch in drawn]
+        samples = [row.sample for row in rows]
+        time = torch.tensor([row.time for row in rows], dtype=torch.float32)
+        data, noise = torch.stack([row.data for row in rows]), torch.stack([row.noise for row in rows])
+        llm_states = torch.nn.utils.rnn.pad_sequence([row.llm for row in rows], batch_first=True)
+        with_clip, with_fps = self.model.clip_channels is not None, self.model.use_additional_conditions
+        clip_states = torch.stack([row.clip for row in rows]).to(self.text_dtype) if with_clip else None
+        slots = clip_states.shape[1] if clip_states is not None else 0
+        return Batch(
+            latents=interpolate(noise, data, time),
+            timestep=time,
+            llm_states=llm_states.to(self.text_dtype),
+            clip_states=clip_states,
+            text_lengths=torch.tensor([slots + len(row.llm) for row in rows]),
+            target=velocity(noise, data),
+            fps=torch.tensor([float(s.metadata["fps"]) for s in samples]) if with_fps else None,
+        )
+
+    def _row(self, sample: int, epoch: int) -> _Row:
+        stored = self.data[sample]
+        moments = stored.moments.float()
+        shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
+        llm, clip = stored.llm, stored.clip
+        if self.noise.drop_text(epoch, sample, self.text_dropout):
+            llm, clip = self.data.null_text
+        return _Row(
+            sample=stored,
+            time=self.noise.timestep(epoch, sample, self.density),
+            data=sample_posterior(moments, self.noise.posterior(epoch, sample, shape)),
+            noise=self.noise.noise(epoch, sample, shape),
+            llm=llm,
+            clip=clip,
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    sample: ShardSample
+    time: float
+    data: Tensor
+    noise: Tensor
+    llm: Tensor
+    clip: Tensor
+
+
+@dataclass(frozen=True)
+class StepData:
+    """This replica's part of one step, and the size of the whole global batch."""
+
+    batches: list[Batch]
+    samples: int
+    tokens: int
+    flops: float
+
+    def pin_memory(self) -> StepData:
+        """The same with batches in page-locked memory."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
+
+class StepBatches(Dataset[StepData]):
+    """Item k: the data of step k for one replica."""
+
+    def __init__(self, builder: BatchBuilder, plan: DataPlan, rank: int, size: int) -> None:
+        self.builder, self.plan, self.rank, self.size = builder, plan, rank, size
+
+        self._tokens = builder.data.tokens(builder.model)
+
+    def __getitem__(self, step: int) -> StepData:
+        planned, data, model = self.plan.step(step), self.builder.data, self.builder.model
+        return StepData(
+            batches=[self.builder.build(batch) for batch in planned[self.rank :: self.size]],
+            samples=sum(len(batch.samples) for batch in planned),
+            tokens=sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
+            flops=sum(data.flops(model, batch.bucket, batch.samples) for batch in planned),
+        )
+
+
+def iterate_steps(
+    steps: StepBatches, first: int, last: int, workers: int, prefetch: int, pin_memory: bool = False
+) -> Iterator[StepData]:
+    """Data of the steps `first` to `last` - 1 in order, built ahead by a thread or by worker processes.
+
+    How they are built changes when they are ready, never what is in them.
+    """
+    if workers == 0:
+        return _ThreadedSteps(steps, first, last, prefetch, pin_memory)
+    return iter(
+        DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            prefetch_factor=-(-prefetch // workers),
+            collate_fn=_as_is,  # batches are made by the builder
+            pin_memory=pin_memory,
+        )
+    )
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+class _ThreadedSteps:
+    """Iterator whose items are built by one background thread."""
+
+    def __init__(self, steps: StepBatches, first: int, last: int, prefetch: int, pin_memory: bool) -> None:
+        self._steps, self._range, self._pin_memory = steps, range(first, last), pin_memory
+        self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
+        threading.Thread(target=self._work, name="batches", daemon=True).start()
+
+    def __iter__(self) -> _ThreadedSteps:
+        return self
+
+    def __next__(self) -> StepData:
+        item = self._ready.get()
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _work(self) -> None:
+        try:
+            for step in self._range:
+                data = self._steps[step]
+                self._ready.put(data.pin_memory() if self._pin_memory else data)
+            self._ready.put(None)
+        except BaseException as error:  # handed to the training thread, which raises it
+            self._ready.put(error)

@@ -1,0 +1,189 @@
+"""The training loop: what happens in a run, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_video.device import DeviceInfo
+from megatron_video.dit import build_dit
+from megatron_video.noise import NoiseSource
+from megatron_video.parallel import data_parallel_rank, data_parallel_size
+from training import checkpoint
+from training.checkpoint import TrainState
+from training.config import PretrainConfig
+from training.data import BatchBuilder, StepBatches, iterate_steps
+from training.data_plan import DataPlan
+from training.data_set import TrainingData
+from training.optimizer import build_optimizer, learning_rate, set_learning_rate, wrap_data_parallel
+from training.startup import describe_changes, describe_run
+from training.stop_signal import REQUEUE_EXIT_CODE, StopSignal
+from training.telemetry import StepMetrics, Stopwatch, Telemetry
+from training.train_step import StepResult, train_step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Trainer:
+    """The parts of a run that the loop moves."""
+
+    config: PretrainConfig
+    data: TrainingData
+    plan: DataPlan
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    state: TrainState
+    telemetry: Telemetry
+    batches: StepBatches
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        watch = Stopwatch()
+        self.state.consumed_samples = self.plan.consumed(self.state.step)
+        folder = checkpoint.save_checkpoint(
+            Path(self.config.run.output_dir),
+            self.model,
+            self.optimizer,
+            self.state,
+            self.config,
+            self.config.training.keep_checkpoints,
+        )
+        self.telemetry.say(f"saved {folder} in {watch.lap():.1f} s")
+
+    def count(self, result: StepResult) -> None:
+        """Note that a step is done.
+
+        Raises:
+            RuntimeError: too many steps in a row were refused.
+        """
+        self.state.step += 1
+        self.state.refused_steps += result.refused
+        self.state.refused_in_a_row = self.state.refused_in_a_row + 1 if result.refused else 0
+        limit = self.config.training.max_refused_steps
+        if result.refused:
+            self.telemetry.say(
+                f"step {self.state.step} REFUSED: loss {result.loss}, gradient norm {result.grad_norm}; weights are "
+                f"unchanged ({self.state.refused_in_a_row} in a row, {limit} stop the run)"
+            )
+        if self.state.refused_in_a_row >= limit:
+            raise RuntimeError(
+                f"{limit} steps in a row had a non-finite loss or gradient; the last good checkpoint is in "
+                f"{self.config.run.output_dir}/checkpoints. Lower optimizer.learning_rate, or look at the data"
+            )
+
+
+def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int:
+    """Train from the newest checkpoint of the run's folder, or from the start, to the last step.
+
+    Returns:
+        0 when the last step is done, REQUEUE_EXIT_CODE when the run was asked to stop and has saved.
+
+    Raises:
+        UserError: the checkpoint does not fit the configuration.
+        RuntimeError: too many steps in a row were refused for non-finite values.
+    """
+    stop = StopSignal()
+    stop.install()
+    trainer = build_trainer(config, data, device)
+    settings, state, telemetry = config.training, trainer.state, trainer.telemetry
+    if state.step == 0 and settings.save_initial:
+        trainer.save()
+    steps = iterate_steps(
+        trainer.batches,
+        state.step,
+        settings.steps,
+        config.data.workers,
+        config.data.prefetch_steps,
+        pin_memory=device.device.type == "cuda",
+    )
+    watch = Stopwatch()
+    while state.step < settings.steps:
+        step = next(steps)
+        data_seconds = watch.lap()
+        rate = learning_rate(state.step, config.optimizer, settings.steps)
+        set_learning_rate(trainer.optimizer, rate, config.optimizer.weight_decay)
+        result = train_step(trainer.model, trainer.optimizer, step.batches, stop.requested)
+        trainer.count(result)
+        telemetry.log_step(
+            StepMetrics(
+                step=state.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=rate,
+                step_seconds=data_seconds + watch.lap(),
+                data_seconds=data_seconds,
+                samples=step.samples,
+                tokens=step.tokens,
+                flops=step.flops,
+                refused=result.refused,
+            )
+        )
+        if result.stop_requested or state.step % settings.save_every == 0 or state.step == settings.steps:
+            trainer.save()
+            watch.lap()
+        if result.stop_requested and state.step < settings.steps:
+            telemetry.close("stopped", state.step)
+            return REQUEUE_EXIT_CODE
+    telemetry.close("finished", state.step)
+    return 0
+
+
+def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
+    """Build data order, model and optimizer, and bring them to where the run stands."""
+    plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
+    identity = {"data set": data.fingerprint(), **plan.identity()}
+    found = checkpoint.newest_checkpoint(Path(config.run.output_dir) / "checkpoints")
+    if found is not None:
+        checkpoint.check_same_model(found, config.model)
+        checkpoint.check_same_data_plan(found, identity)
+    chunks = build_dit(
+        config.model,
+        config.parallel,
+        DTYPES[config.training.precision],
+        device=device.device,
+        init_seed=config.run.seed,
+    )
+    if found is None and config.run.initial_weights is not None:
+        checkpoint.load_model_weights(checkpoint.find_checkpoint(config.run.initial_weights), chunks)
+    model = wrap_data_parallel(chunks, config.parallel)
+    optimizer = build_optimizer(model, config.optimizer, config.parallel)
+    state = checkpoint.load_checkpoint(found, model, optimizer) if found else TrainState(data_plan=identity)
+    telemetry = start_telemetry(config, state.step)
+    for line in describe_run(config, data, plan, model):
+        telemetry.say(line)
+    for line in describe_changes(config, found, state):
+        telemetry.say(line)
+    return Trainer(config, data, plan, model, optimizer, state, telemetry, replica_batches(config, data, plan))
+
+
+def replica_batches(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> StepBatches:
+    """This replica's batches, by step."""
+    builder = BatchBuilder(
+        data=data,
+        noise=NoiseSource(config.run.seed, config.run.stage),
+        density=config.flow,
+        text_dropout=config.data.text_dropout,
+        text_dtype=DTYPES[config.training.precision],
+        model=config.model,
+    )
+    return StepBatches(builder, plan, data_parallel_rank(), data_parallel_size())
+
+
+def start_telemetry(config: PretrainConfig, first_step: int) -> Telemetry:
+    """Open the run's records; rank 0 keeps them."""
+    world = torch.distributed.get_world_size()
+    peak = config.training.peak_tflops
+    return Telemetry(
+        Path(config.run.output_dir),
+        config,
+        first_step,
+        config.training.steps,
+        config.training.log_every,
+        peak_flops=None if peak is None else peak * 1e12 * world,
+        active=torch.distributed.get_rank() == 0,
+    )

@@ -1,0 +1,60 @@
+"""`megatron-video pretrain`, or for several ranks `torchrun ... -m training.pretrain`: train the DiT on shards.
+
+The same command continues a run that has a checkpoint. Exit codes: 0 finished, 2 bad input, 143 stopped by SIGTERM or
+SIGUSR1 after saving (start it again); launchers may hide them, so <run>/status.json says the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from megatron_video.cli import run_command
+from megatron_video.config_io import config_to_dict, load_config
+from training.config import PRESET_DIR, PretrainConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the configuration, refuse what cannot work, start the ranks' process groups, train."""
+    arguments = _parse(argv)
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides, PRESET_DIR)
+    if arguments.print_config:
+        print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    # The device comes first: it decides what the imports below may assume. They also take seconds.
+    from megatron_video.device import initialize
+
+    device = initialize()
+    from megatron_video.parallel import destroy_parallel, initialize_parallel
+    from training.data_set import TrainingData
+    from training.loop import train
+
+    data = TrainingData(config.data.shards, config.data.buckets)
+    data.check_model(config.model)
+    initialize_parallel(config.parallel, config.run.seed, device)
+    try:
+        return train(config, data, device)
+    finally:
+        destroy_parallel()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megatron-video pretrain",
+        description="Train the video DiT on pre-encoded shards; continues by itself from <run.output_dir>/checkpoints.",
+        epilog="Fields and their meaning: training/config.py, or --print-config.",
+    )
+    presets = ", ".join(sorted(path.stem for path in PRESET_DIR.glob("*.yaml")))
+    parser.add_argument("--config", required=True, help=f"a YAML file or a preset ({presets})")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="e.g. training.steps=100")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

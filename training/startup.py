@@ -1,0 +1,137 @@
+"""What a run prints before its first step: every derived quantity with its arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+from megatron_video.config_io import config_to_dict
+from training.checkpoint import TrainState, read_config
+from training.config import PretrainConfig
+from training.data_plan import DataPlan
+from training.data_set import TrainingData
+
+
+def describe_run(
+    config: PretrainConfig, data: TrainingData, plan: DataPlan, model: list[DistributedDataParallel]
+) -> Iterator[str]:
+    """Lines about ranks, model, batches, buckets and cost. Counting parameters takes part of all ranks."""
+    world = torch.distributed.get_world_size()
+    replicas = config.data_parallel_size(world)
+    yield f"run {config.run.output_dir}: stage {config.run.stage!r}, seed {config.run.seed}"
+    yield _ranks(config, world, replicas)
+    yield _model(config, count_parameters(model))
+    yield _batch(config, replicas)
+    yield from _buckets(config, data, plan)
+    yield from _cost(config, data, plan, world)
+
+
+def describe_changes(config: PretrainConfig, checkpoint: Path | None, state: TrainState) -> Iterator[str]:
+    """Lines about where the run starts, and what was changed in the configuration since."""
+    if checkpoint is None:
+        source = config.run.initial_weights
+        yield f"new run: weights from {source}" if source else "new run: weights initialised at random"
+        return
+    yield f"continuing from {checkpoint}: step {state.step}, {sum(state.consumed_samples.values()):,} samples consumed"
+    before, now = _flatten(read_config(checkpoint)), _flatten(config_to_dict(config))
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield f"  changed since that checkpoint: {name}: {before.get(name)} -> {now.get(name)}"
+
+
+def count_parameters(model: list[DistributedDataParallel]) -> int:
+    """Parameters of the whole model, each counted once over tensor- and pipeline-parallel ranks."""
+    own = sum(
+        parameter.numel()
+        for chunk in model
+        for parameter in chunk.parameters()
+        if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
+    )
+    device = next(model[0].parameters()).device
+    total = torch.tensor(own, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total)
+
+
+def _ranks(config: PretrainConfig, world: int, replicas: int) -> str:
+    parallel, device = config.parallel, "CUDA" if torch.cuda.is_available() else "CPU"
+    extras = [name for name in ("sequence_parallel", "use_distributed_optimizer") if getattr(parallel, name)]
+    return (
+        f"ranks: world {world} = TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
+        f" x CP {parallel.context_parallel_size} x DP {replicas}"
+        + "".join(f", {name}" for name in extras)
+        + f"; {device} and {torch.distributed.get_backend()}, layers {parallel.transformer_impl}"
+    )
+
+
+def _model(config: PretrainConfig, parameters: int) -> str:
+    model = config.model
+    return (
+        f"model: {model.num_layers} layers, width {model.hidden_size} = {model.num_attention_heads} heads x "
+        f"{model.attention_head_dim}, {parameters:,} parameters in {config.training.precision}"
+    )
+
+
+def _batch(config: PretrainConfig, replicas: int) -> str:
+    data = config.data
+    accumulation = data.micro_batches_per_step // replicas
+    return (
+        f"global batch: {data.global_batch_size} samples = micro-batch {data.micro_batch_size} x DP {replicas} x "
+        f"accumulation {accumulation}; {data.samples_per_draw} samples of one bucket at a time"
+    )
+
+
+def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> Iterator[str]:
+    tokens, shares = data.tokens(config.model), plan.sample_shares()
+    patch = config.model.patch_size
+    for name, samples in plan.buckets.items():
+        shape = data.shapes[name]
+        cut = f" / {patch}^2" if patch > 1 else ""
+        mean_flops = data.flops(config.model, name, samples[:1000]) / len(samples[:1000])
+        epoch_steps = len(samples) / (shares[name] * plan.samples_per_step())
+        yield (
+            f"  bucket {name}: {len(samples):,} samples, {shape.frames} x {shape.height} x {shape.width}{cut} = "
+            f"{tokens[name]:,} tokens, {_scaled(mean_flops)}FLOP a sample, {shares[name]:.1%} of the samples, "
+            f"epoch every {epoch_steps:,.1f} steps"
+        )
+    if data.unused_buckets:
+        yield f"  not used (data.buckets): {', '.join(data.unused_buckets)}"
+
+
+def _cost(config: PretrainConfig, data: TrainingData, plan: DataPlan, world: int) -> Iterator[str]:
+    tokens, shares, count = data.tokens(config.model), plan.sample_shares(), plan.samples_per_step()
+    per_sample = {
+        name: data.flops(config.model, name, samples[:1000]) / len(samples[:1000])
+        for name, samples in plan.buckets.items()
+    }
+    step_flops = count * sum(shares[name] * per_sample[name] for name in shares)
+    step_tokens = count * sum(shares[name] * tokens[name] for name in shares)
+    steps = config.training.steps
+    yield (
+        f"step: {count:,.1f} samples, {step_tokens:,.0f} tokens, {_scaled(step_flops)}FLOP forward and backward; "
+        f"{steps} steps = {count * steps:,.0f} samples, {_scaled(step_flops * steps)}FLOP"
+    )
+    peak = config.training.peak_tflops
+    if peak is not None:
+        seconds = step_flops / (peak * 1e12 * world)
+        yield f"peak: {world} x {peak} TFLOP/s; a step at 100 % MFU: {seconds:.3g} s, at 30 %: {seconds / 0.3:.3g} s"
+
+
+def _scaled(value: float) -> str:
+    for factor, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= factor:
+            return f"{value / factor:,.1f} {prefix}"
+    return f"{value / 1e6:,.1f} M"
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

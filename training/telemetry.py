@@ -1,0 +1,209 @@
+"""What a run tells about itself: metrics.jsonl (every step), TensorBoard and console lines (every log_every steps).
+
+The job may be started many times: each start is a life. Lines of all lives stay in metrics.jsonl; when a step was done
+again after a crash, it has a line of each life. The identity of each life is in run_info.json.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from megatron_video import __version__
+from megatron_video.config_io import save_config
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "safetensors", "webdataset", "tensorboard")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step did; the names are those of metrics.jsonl."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """Mean squared velocity error of the global batch."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    step_seconds: float
+    """Wall time from the end of the previous step, without checkpoints."""
+    data_seconds: float
+    """Of which waiting for the batch."""
+    samples: int
+    """Of the global batch."""
+    tokens: int
+    """Video tokens of the global batch."""
+    flops: float
+    """Forward and backward of the global batch by the cost model; recomputation is not counted."""
+    refused: bool
+    """Whether the update was refused because the loss or the gradient was not finite."""
+
+
+class Telemetry:
+    """Writes the metrics of one life of a run; does nothing on other ranks than 0.
+
+    Args:
+        run_dir: the run's folder; made if it is not there.
+        config: the resolved configuration, saved beside the metrics.
+        first_step: steps done before this life.
+        total_steps: of the whole run.
+        log_every: steps between console lines.
+        peak_flops: FLOP/s of all devices together, or None to leave MFU out.
+        active: whether this rank reports.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Any,
+        first_step: int,
+        total_steps: int,
+        log_every: int,
+        peak_flops: float | None,
+        active: bool,
+    ) -> None:
+        self.active, self.total_steps, self.log_every, self.peak_flops = active, total_steps, log_every, peak_flops
+        self.run_dir = run_dir
+        self._window: list[StepMetrics] = []
+        if active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, run_dir / "config.yaml")
+            write_json(run_dir / "status.json", {"state": "running", "step": first_step})
+            self.life = record_life(run_dir, first_step)
+            self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        if not self.active:
+            return
+        # A line is whole on disk before the next step starts, so a killed job leaves every finished step.
+        self._lines.write(json.dumps({**vars(metrics), "life": self.life}) + "\n")
+        self._lines.flush()
+        self._window.append(metrics)
+        if metrics.step % self.log_every == 0 or metrics.step == self.total_steps:
+            self._report()
+
+    def say(self, text: str) -> None:
+        """One line on the console, with the time."""
+        if self.active:
+            print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
+
+    def close(self, state: str, step: int) -> None:
+        """Flush everything and leave the verdict in status.json: launchers do not pass exit codes on."""
+        if self.active:
+            self.say(f"{state} at step {step}/{self.total_steps}")
+            write_json(self.run_dir / "status.json", {"state": state, "step": step})
+            self._lines.close()
+            self._board.close()
+
+    def _report(self) -> None:
+        window, last = self._window, self._window[-1]
+        self._window = []
+        seconds = sum(metrics.step_seconds for metrics in window)
+        scalars = {
+            "loss": sum(metrics.loss for metrics in window) / len(window),
+            "grad_norm": last.grad_norm,
+            "learning_rate": last.learning_rate,
+            "seconds per step": seconds / len(window),
+            "data wait share": sum(metrics.data_seconds for metrics in window) / seconds,
+            "tokens per second": sum(metrics.tokens for metrics in window) / seconds,
+        }
+        if self.peak_flops is not None:
+            scalars["MFU"] = sum(metrics.flops for metrics in window) / seconds / self.peak_flops
+        for name, value in scalars.items():
+            self._board.add_scalar(f"train/{name.replace(' ', '_')}", value, last.step)
+        self.say(self._console_line(last.step, scalars))
+
+    def _console_line(self, step: int, scalars: dict[str, float]) -> str:
+        left = timedelta(seconds=round((self.total_steps - step) * scalars["seconds per step"]))
+        parts = [
+            f"step {step}/{self.total_steps}",
+            f"loss {scalars['loss']:.4f}",
+            f"grad {scalars['grad_norm']:.3f}",
+            f"lr {scalars['learning_rate']:.2e}",
+            f"{scalars['seconds per step']:.3f} s/step",
+            f"{scalars['tokens per second']:,.0f} tokens/s",
+            f"data {scalars['data wait share']:.1%}",
+        ]
+        if "MFU" in scalars:
+            parts.append(f"MFU {scalars['MFU']:.1%}")
+        return " | ".join([*parts, f"left {left}"])
+
+
+def record_life(run_dir: Path, first_step: int) -> int:
+    """Append this start of the job to run_info.json: code, packages, machine, command.
+
+    Returns:
+        The number of this life, from 1.
+    """
+    path = run_dir / "run_info.json"
+    lives: list[dict[str, Any]] = json.loads(path.read_text())["lives"] if path.exists() else []
+    lives.append(
+        {
+            "life": len(lives) + 1,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "first_step": first_step,
+            "command": sys.argv,
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "host": platform.node(),
+            "git_revision": git_revision(),
+            "megatron_video": __version__,
+            "python": platform.python_version(),
+            "packages": package_versions(),
+        }
+    )
+    write_json(path, {"lives": lives})
+    return len(lives)
+
+
+def git_revision() -> str | None:
+    """Commit of the code, with `-dirty` when files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of the packages that decide the numbers; None for what is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Stopwatch:
+    """Seconds between calls of `lap`."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start."""
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed
