@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
 from megatron_video.dit.config import DiTConfig
@@ -43,6 +44,7 @@ def build_dit(
     for stage in stages_of_rank(dit.num_layers, parallel, parallel_state.get_pipeline_model_parallel_rank()):
         with torch.device(device):
             model = VideoDiT(dit, config, spec, stage, groups)
+        _mark_cut_weights(model)
         if init_seed is not None and device.type != "meta":
             initialize_parameters(model, config, init_seed, groups.tp.rank(), groups.tp.size())
         chunks.append(model)
@@ -93,6 +95,17 @@ def transformer_config(dit: DiTConfig, parallel: ParallelConfig, params_dtype: t
     )
     config.has_cond_embedder = True  # sum the embedders' gradients over pipeline stages
     return config
+
+
+def _mark_cut_weights(model: VideoDiT) -> None:
+    """Say which weights are cut over tensor-parallel ranks; megatron-core's linears say so only when they initialise.
+
+    The gradient norm counts weights without this mark once, on the first tensor-parallel rank.
+    """
+    for linear, dimension in ((ColumnParallelLinear, 0), (RowParallelLinear, 1)):
+        for module in model.modules():
+            if isinstance(module, linear):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def _check_divides(dit: DiTConfig, parallel: ParallelConfig) -> None:
