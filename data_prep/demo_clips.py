@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,8 @@ MIN_FRAMES, MAX_FRAMES = 24, 27  # at least 17 are left after segment drops thre
 REFERENCE_STEPS = 16  # the travel below is over 17 frames
 TRAVEL_SHARE = (0.34, 0.48)  # of the frame's side along the motion
 RADIUS_SHARE = (0.15, 0.20)  # of the shorter side
-BACKGROUND_GREY = (44, 130)
+BACKGROUND_GREY = (30, 150)  # above what counts as black border
+MIN_CONTRAST = 28  # grey levels between shape and background, so that motion is seen without colour too
 BORDER_ROWS = 12
 MIN_CLIPS = 12
 _MARKER = ".made.json"
@@ -184,6 +185,8 @@ def _plan_video(rng: np.random.Generator, index: int, words: list[tuple[str, str
     used = words if kind == "cut" else words[:1]
     edge = BORDER_ROWS if kind == "border" else 0
     scenes = [_plan_scene(rng, word, width, height - 2 * edge) for word in used]
+    if kind == "cut":
+        scenes[1] = replace(scenes[1], background=_background(rng, np.asarray(scenes[1].colour), scenes[0].background))
     captions = [_caption(language, template, colour, shape, direction) for colour, direction, shape in used]
     caption = captions[0] if len(captions) == 1 else JOINED_CAPTIONS[language].format(*captions)
     # Every eighth plain clip goes to another folder under a basename that is taken in the first one.
@@ -209,7 +212,8 @@ def _plan_image(rng: np.random.Generator, index: int, word: tuple[str, str, str]
 def _plan_scene(
     rng: np.random.Generator, word: tuple[str, str, str], width: int, height: int, still: bool = False
 ) -> Scene:
-    colour, direction, shape = word
+    word_colour, direction, shape = word
+    colour = np.clip(np.asarray(COLOURS[word_colour]) + rng.integers(-12, 13, 3), 0, 255)
     num_frames = 1 if still else int(rng.integers(MIN_FRAMES, MAX_FRAMES + 1))
     radius = float(rng.uniform(*RADIUS_SHARE)) * min(width, height)
     step = np.asarray(DIRECTIONS[direction], float)
@@ -221,16 +225,25 @@ def _plan_scene(
     travel = step * speed * (num_frames - 1)
     first = radius + 1 + np.maximum(-travel, 0) + rng.uniform(size=2) * (free - np.abs(travel))
     return Scene(
-        colour=tuple(int(np.clip(c + rng.integers(-12, 13), 0, 255)) for c in COLOURS[colour]),  # type: ignore[arg-type]
+        colour=(int(colour[0]), int(colour[1]), int(colour[2])),
         shape=shape,
         centre=(float(first[0]), float(first[1])),
         velocity=(float(step[0] * speed), float(step[1] * speed)),
         radius=radius,
-        background=int(rng.integers(BACKGROUND_GREY[0], BACKGROUND_GREY[1] + 1)),
+        background=_background(rng, colour),
         width=width,
         height=height,
         num_frames=num_frames,
     )
+
+
+def _background(rng: np.random.Generator, colour: np.ndarray, apart_from: int | None = None) -> int:
+    """A grey that contrasts with the shape, and with the scene before a cut."""
+    levels = np.arange(BACKGROUND_GREY[0], BACKGROUND_GREY[1] + 1)
+    fits = np.abs(levels - colour @ np.array([0.299, 0.587, 0.114])) >= MIN_CONTRAST
+    if apart_from is not None:
+        fits &= np.abs(levels - apart_from) >= MIN_CONTRAST
+    return int(rng.choice(levels[fits]))
 
 
 def _caption(language: str, template: str, colour: str, shape: str, direction: str) -> str:

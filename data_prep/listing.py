@@ -1,0 +1,155 @@
+"""Where captions come from: a listing (JSONL, CSV, Parquet) or sidecar files beside the videos.
+
+In a folder every file named captions.* or metadata.* with such a suffix is a listing for the files below it; media that
+no listing names get the caption of their sidecar, NAME.txt (plain text) or NAME.json (an object with "caption").
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_video.errors import UserError
+from megatron_video.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+# field -> names under which listings and JSON sidecars may have it, first match wins
+FIELD_NAMES: dict[str, tuple[str, ...]] = {
+    "path": ("path", "video", "image", "file", "file_name", "filename"),
+    "caption": ("caption", "text", "prompt"),
+    "language": ("language", "lang"),
+}
+LISTING_STEMS = ("captions", "metadata")
+LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+_NAMES_SHOWN = 5
+# Letters by which the two languages of the text encoders are told apart (CJK ideographs with extension A).
+_CHINESE_RANGES = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x323AF))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One video or image and the caption that was found for it."""
+
+    path: str
+    """Absolute."""
+    caption: str | None
+    language: str | None
+
+
+def find_entries(source: Path) -> list[Entry]:
+    """All media of a folder or a listing, sorted by path.
+
+    Raises:
+        UserError: nothing there, no media in the folder, or a listing that is damaged or names missing files.
+    """
+    if source.is_dir():
+        return _entries_of_folder(source)
+    if not source.is_file():
+        raise UserError(f"--in {source}: no such folder or listing")
+    return _sorted_once(_entries_of_listing(source))
+
+
+def detect_language(text: str) -> str:
+    """'zh' if there is a Chinese character, else 'en' if there is a Latin letter, else 'und'."""
+    if any(low <= ord(character) <= high for character in text for low, high in _CHINESE_RANGES):
+        return "zh"
+    return "en" if any(character.isascii() and character.isalpha() for character in text) else "und"
+
+
+def _entries_of_folder(folder: Path) -> list[Entry]:
+    # os.walk keeps going into links to folders off, and hidden files are not data.
+    files = [Path(root) / name for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    listed = [entry for path in sorted(files) if _is_listing(path) for entry in _entries_of_listing(path)]
+    known = {entry.path for entry in listed}
+    media = [path.absolute() for path in files if path.suffix.lower() in MEDIA_SUFFIXES]
+    entries = listed + [_entry_of_sidecar(path) for path in media if str(path) not in known]
+    if not entries:
+        raise UserError(f"--in {folder}: no videos or images in this folder ({', '.join(MEDIA_SUFFIXES)})")
+    return _sorted_once(entries)
+
+
+def _is_listing(path: Path) -> bool:
+    return path.stem in LISTING_STEMS and path.suffix in LISTING_SUFFIXES
+
+
+def _entries_of_listing(listing: Path) -> list[Entry]:
+    records = _read_records(listing)
+    entries = [_entry_of_record(listing, number, record) for number, record in enumerate(records, start=1)]
+    missing = [entry.path for entry in entries if not os.path.isfile(entry.path)]
+    if missing:
+        more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
+        raise UserError(
+            f"{listing} names {len(missing)} of {len(entries)} files that do not exist: "
+            f"{', '.join(missing[:_NAMES_SHOWN])}{more}; paths are relative to the listing"
+        )
+    if not entries:
+        raise UserError(f"{listing}: the listing is empty")
+    return entries
+
+
+def _entry_of_record(listing: Path, number: int, record: Any) -> Entry:
+    if not isinstance(record, dict):
+        raise UserError(f"{listing}: entry {number} is not an object with fields, but {record!r}")
+    path, caption = _field(record, "path"), _field(record, "caption")
+    if not path:
+        raise UserError(f"{listing}: entry {number} has no path; one of the fields {FIELD_NAMES['path']} must name it")
+    return Entry(os.path.abspath(listing.parent / path), caption, _field(record, "language"))
+
+
+def _entry_of_sidecar(path: Path) -> Entry:
+    text, data = path.with_suffix(".txt"), path.with_suffix(".json")
+    try:
+        if text.is_file():
+            return Entry(str(path), text.read_text(encoding="utf-8"), None)
+        if data.is_file():
+            record = json.loads(data.read_text(encoding="utf-8"))
+            if isinstance(record, dict):
+                return Entry(str(path), _field(record, "caption"), _field(record, "language"))
+    except ValueError as error:
+        raise UserError(f"sidecar of {path} cannot be read: {error}") from None
+    return Entry(str(path), None, None)
+
+
+def _field(record: dict[str, Any], name: str) -> str | None:
+    values = (record[alias] for alias in FIELD_NAMES[name] if record.get(alias) is not None)
+    value = next(values, None)
+    return None if value is None else str(value)
+
+
+def _read_records(listing: Path) -> list[Any]:
+    try:
+        if listing.suffix == ".parquet":
+            records: list[Any] = pq.read_table(listing).to_pylist()
+            return records
+        with open(listing, encoding="utf-8-sig", newline="") as file:
+            if listing.suffix == ".csv":
+                return list(csv.DictReader(file))
+            if listing.suffix == ".jsonl":
+                return [_json_line(listing, n, line) for n, line in enumerate(file, start=1) if line.strip()]
+    except (UnicodeDecodeError, pa.ArrowInvalid, csv.Error) as error:
+        raise UserError(f"{listing} cannot be read as {listing.suffix[1:]}: {error}") from None
+    raise UserError(f"{listing}: a listing is one of {', '.join(LISTING_SUFFIXES)}")
+
+
+def _json_line(listing: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{listing}: line {number} is not JSON: {error}") from None
+
+
+def _sorted_once(entries: Iterable[Entry]) -> list[Entry]:
+    by_path: dict[str, Entry] = {}
+    for entry in entries:
+        known = by_path.setdefault(entry.path, entry)
+        if known.caption != entry.caption:
+            raise UserError(f"{entry.path} has two captions in its listings: {known.caption!r} and {entry.caption!r}")
+    return [by_path[path] for path in sorted(by_path)]

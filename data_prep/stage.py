@@ -1,0 +1,229 @@
+"""What all stages share: manifest in, manifest out, in parts that survive a kill; a report of one table.
+
+A stage that maps rows writes its output in parts of a few hundred rows beside the manifest that it is making. A run
+that was stopped finds them and goes on; a run with other settings or another input starts afresh. A finished manifest
+carries the fingerprint of what made it, so running the same stage again does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.workers import default_workers, parallel_map, progress
+from megatron_video.errors import UserError
+from megatron_video.manifest import Row, dropped, read_manifest, table_from_rows, write_manifest
+from megatron_video.shard_schema import file_sha256
+
+Item = TypeVar("Item")
+
+# Raised when what a stage computes changes, so that parts of an older program are not mixed in.
+STAGE_VERSION = 1
+PART_ROWS = 256
+_FINGERPRINT_KEY = "megatron_video.stage_fingerprint"
+_EXAMPLES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did; `reasons` and `examples` are of the rows that this stage dropped."""
+
+    stage: str
+    output: str
+    rows_in: int
+    kept: int
+    dropped_here: int
+    dropped_before: int
+    seconds: float
+    up_to_date: bool = False
+    """Nothing had to be done."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """Figures of this kind of stage."""
+
+
+def run_rows(
+    stage: str,
+    manifest_in: Path,
+    manifest_out: Path,
+    process: Callable[[Row], list[Row]],
+    settings: Mapping[str, Any],
+    workers: int,
+) -> StageReport:
+    """Map every kept row of a manifest to one or more rows; `process` must be picklable.
+
+    A `UserError` that `process` raises drops that row with its message and does not stop the run.
+    """
+    check_output(manifest_in, manifest_out)
+    rows = read_manifest(manifest_in).to_pylist()
+    fingerprint = fingerprint_of(stage, settings, file_sha256(manifest_in))
+    return run_parts(stage, rows, manifest_out, functools.partial(_guarded, stage, process), fingerprint, workers)
+
+
+def run_parts(
+    stage: str,
+    items: Sequence[Item],
+    manifest_out: Path,
+    process: Callable[[Item], list[Row]],
+    fingerprint: str,
+    workers: int,
+    finish: Callable[[pa.Table], pa.Table] | None = None,
+) -> StageReport:
+    """Make `manifest_out` from `process(item)` over all items, in parts; `finish` changes the joined table."""
+    started = time.monotonic()
+    if finished_fingerprint(manifest_out) == fingerprint:
+        return make_report(stage, read_manifest(manifest_out), manifest_out, len(items), started, up_to_date=True)
+    folder = _parts_folder(manifest_out, fingerprint)
+    chunks = [items[start : start + PART_ROWS] for start in range(0, len(items), PART_ROWS)]
+    missing = [number for number in range(len(chunks)) if not _part(folder, number).is_file()]
+    todo = [item for number in missing for item in chunks[number]]
+    results: Iterator[list[Row]] = progress(parallel_map(process, todo, workers), len(todo), stage)
+    for number in missing:
+        rows = [row for produced in islice(results, len(chunks[number])) for row in produced]
+        write_manifest(table_from_rows(rows), _part(folder, number))
+    # One more step lets the progress line end.
+    next(results, None)
+    table = pa.concat_tables([read_manifest(_part(folder, n)) for n in range(len(chunks))] or [table_from_rows([])])
+    table = finish(table) if finish else table
+    write_manifest(table, manifest_out, {_FINGERPRINT_KEY: fingerprint})
+    shutil.rmtree(folder)
+    return make_report(stage, table, manifest_out, len(items), started)
+
+
+def write_finished(table: pa.Table, manifest_out: Path, fingerprint: str) -> None:
+    """Write a stage's result with the fingerprint by which a second run knows it."""
+    write_manifest(table, manifest_out, {_FINGERPRINT_KEY: fingerprint})
+
+
+def check_output(manifest_in: Path, manifest_out: Path) -> None:
+    """A stage never edits its input.
+
+    Raises:
+        UserError: both are one file.
+    """
+    if manifest_in.resolve() == manifest_out.resolve():
+        raise UserError(f"--out {manifest_out} is the input; a stage never edits its input, name another file")
+
+
+def fingerprint_of(stage: str, settings: Mapping[str, Any], source: str) -> str:
+    """Identity of a stage's output: its settings, its input, and the version of its code."""
+    content = json.dumps([STAGE_VERSION, stage, dict(settings), source], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def finished_fingerprint(manifest: Path) -> str | None:
+    """Fingerprint of an existing output; None if there is none yet.
+
+    Raises:
+        UserError: the file is no manifest, so it is not ours to overwrite.
+    """
+    if not manifest.exists():
+        return None
+    try:
+        read_manifest(manifest)
+    except UserError as error:
+        raise UserError(f"--out {manifest} would overwrite a file that is not a manifest: {error}") from None
+    metadata = pq.read_schema(manifest).metadata or {}
+    fingerprint: bytes | None = metadata.get(_FINGERPRINT_KEY.encode())
+    return fingerprint.decode() if fingerprint else None
+
+
+def make_report(
+    stage: str,
+    table: pa.Table,
+    output: Path,
+    rows_in: int,
+    started: float,
+    up_to_date: bool = False,
+    details: Mapping[str, Any] | None = None,
+) -> StageReport:
+    """Count kept and dropped rows; reasons are grouped by what stands before their colon."""
+    by = Counter(table["dropped_by"].to_pylist())
+    mine = table.filter(pa.compute.equal(table["dropped_by"], stage)).to_pylist()
+    return StageReport(
+        stage=stage,
+        output=str(output),
+        rows_in=rows_in,
+        kept=by[None],
+        dropped_here=by[stage],
+        dropped_before=table.num_rows - by[None] - by[stage],
+        seconds=round(time.monotonic() - started, 2),
+        up_to_date=up_to_date,
+        reasons=dict(Counter(row["drop_reason"].split(":")[0] for row in mine)),
+        examples=[_example(row) for row in mine[:_EXAMPLES_SHOWN]],
+        details=dict(details or {}),
+    )
+
+
+def print_report(report: StageReport, as_json: bool) -> None:
+    """One table on stdout, or one JSON object."""
+    if as_json:
+        print(json.dumps(asdict(report), ensure_ascii=False))
+        return
+    state = "up to date, nothing redone" if report.up_to_date else f"{report.seconds:.1f} s"
+    lines = [("rows in", report.rows_in), ("kept", report.kept), ("dropped here", report.dropped_here)]
+    lines += [(f"  {reason}", count) for reason, count in sorted(report.reasons.items())]
+    lines += [("dropped before", report.dropped_before), *report.details.items()]
+    width = max(len(name) for name, _ in lines) + 2
+    print(f"{report.stage}: {report.output} ({state})")
+    print("\n".join(f"  {name:<{width}}{_plain(value)}" for name, value in lines))
+    for example in report.examples:
+        print(f"    dropped: {example}")
+
+
+def stage_parser(stage: str, description: str | None, workers: bool = True) -> argparse.ArgumentParser:
+    """The arguments that all stages have: --in, --out, --json, and --workers where rows are mapped."""
+    parser = argparse.ArgumentParser(prog=f"megatron-video data {stage}", description=description)
+    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="MANIFEST", help="what to read")
+    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write (Parquet)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    if workers:
+        parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: all CPUs)")
+    return parser
+
+
+def _guarded(stage: str, process: Callable[[Row], list[Row]], row: Row) -> list[Row]:
+    if row["dropped_by"]:
+        return [row]
+    try:
+        return process(row)
+    except UserError as error:
+        return [dropped(row, stage, f"unreadable: {error}")]
+
+
+def _parts_folder(manifest_out: Path, fingerprint: str) -> Path:
+    """Folder of the finished parts; parts of other settings are thrown away."""
+    folder = manifest_out.with_name(f".{manifest_out.name}.parts")
+    mark = folder / "fingerprint"
+    if folder.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(fingerprint)
+    return folder
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06d}.parquet"
+
+
+def _example(row: Row) -> str:
+    reason: str = row["drop_reason"]
+    return reason if row["source"] in reason else f"{row['source']}: {reason}"
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
