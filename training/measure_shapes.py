@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from megatron_video.errors import UserError
 from megatron_video.manifest import kept_rows, read_manifest
 from megatron_video.video_io import read_frames
 from training.shape_ruler import COLOUR_HUES, DIRECTION_VECTORS, Observation, Request, observe, parse_caption
+from training.telemetry import write_json
 
 CHANCE = {"colour": 1 / len(COLOUR_HUES), "direction": 1 / len(DIRECTION_VECTORS)}
 # 97.5th percentile of the normal distribution: two-sided 95 %.
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     report = summarise(measurements, str(source))
     if arguments.out:
         details = [{**asdict(m), "correct": {a: m.correct(a) for a in CHANCE}} for m in measurements]
-        _write_json({**report, "videos": details}, arguments.out)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out, {**report, "details": details})
     print(json.dumps(report, indent=2) if arguments.json else format_report(report))
 
 
@@ -192,13 +193,6 @@ def _table_line(name: str, row: dict[str, Any]) -> str:
     low, high = row["interval_95"]
     fraction, interval = f"{row['correct']}/{row['total']}", f"{low:.1%} - {high:.1%}"
     return f"{name:<10} {fraction:>9} {row['accuracy']:>9.1%} {interval:>16} {row['chance']:>8.1%}"
-
-
-def _write_json(value: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

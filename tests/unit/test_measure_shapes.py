@@ -36,7 +36,7 @@ def test_report_counts_what_the_files_show(tmp_path: Path, capsys: pytest.Captur
     report = json.loads(capsys.readouterr().out)
     assert (report["colour"]["correct"], report["direction"]["correct"], report["both"]["correct"]) == (3, 3, 2)
     assert report["direction"]["classes"]["down"] == {"correct": 1, "total": 2, "seen": {"right": 1, "down": 1}}
-    videos = json.loads((tmp_path / "report.json").read_text())["videos"]
+    videos = json.loads((tmp_path / "report.json").read_text())["details"]
     assert [v["correct"]["direction"] for v in videos] == [True, True, False, True]
     main(["--samples", str(tmp_path / "samples.jsonl"), "--limit", "2"])
     assert "colour           2/2    100.0%" in capsys.readouterr().out
