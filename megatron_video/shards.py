@@ -77,7 +77,8 @@ class ShardWriter:
     ) -> None:
         self._tar.close()
         try:
-            if kind is None:
+            # A shard without samples is not written.
+            if kind is None and self._rows:
                 self._publish()
         finally:
             self._temporary.unlink(missing_ok=True)

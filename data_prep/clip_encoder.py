@@ -1,0 +1,135 @@
+"""Clips to shard samples: decode on threads, Video-VAE moments by batch, text states once per caption of a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep.encode_plan import STAGE, PlannedShard, crop_of, window_of
+from megatron_video.buckets import Bucket
+from megatron_video.errors import UserError
+from megatron_video.manifest import Row, dropped
+from megatron_video.shard_schema import ShardSample, file_sha256
+from megatron_video.text import TextEncoders, TextStates, text_folders
+from megatron_video.vae import VideoVAE, load_vae
+from megatron_video.video_io import VideoError, read_frames
+
+
+class ClipEncoder:
+    """The two encoders on one device."""
+
+    def __init__(self, vae: Path, text: Path, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the weights.
+
+        Args:
+            vae: folder (config.json, model.safetensors) or released .safetensors file.
+            text: folder with both text encoders.
+            device: where they run.
+            dtype: of their arithmetic.
+        """
+        self.device = device
+        self.vae: VideoVAE = load_vae(vae, device=device, dtype=dtype)
+        self.text = TextEncoders.load(*text_folders(text), device, dtype)
+
+    def encode_shard(
+        self, shard: PlannedShard, batch_size: int, threads: ThreadPoolExecutor
+    ) -> Iterator[tuple[Row, ShardSample | None]]:
+        """Yield each row of the shard in order, with its sample, or dropped and with None.
+
+        Batches are cut by the plan, so that a shard does not depend on what was done before it.
+        """
+        captions: dict[str, TextStates] = {}
+        batches = [shard.rows[start : start + batch_size] for start in range(0, len(shard.rows), batch_size)]
+        pending = _submit(threads, batches[0], shard.bucket)
+        for number, rows in enumerate(batches):
+            decoded = [future.result() for future in pending]
+            # The next batch is decoded while this one is encoded; more would only hold memory.
+            pending = _submit(threads, batches[number + 1], shard.bucket) if number + 1 < len(batches) else []
+            self._add_captions(captions, [row["caption"] for row in rows])
+            yield from self._encode_batch(rows, decoded, captions, shard.bucket)
+
+    def text_states(self, captions: Sequence[str]) -> list[TextStates]:
+        """States of captions; the empty one is the null text."""
+        return self.text.encode(list(captions))
+
+    def _add_captions(self, known: dict[str, TextStates], captions: Sequence[str]) -> None:
+        new = list(dict.fromkeys(caption for caption in captions if caption not in known))
+        known.update(zip(new, self.text_states(new), strict=True) if new else ())
+
+    def _encode_batch(
+        self,
+        rows: Sequence[Row],
+        decoded: Sequence[np.ndarray | VideoError],
+        captions: dict[str, TextStates],
+        bucket: Bucket,
+    ) -> Iterator[tuple[Row, ShardSample | None]]:
+        videos = [frames for frames in decoded if not isinstance(frames, VideoError)]
+        moments = iter(self._moments(videos) if videos else ())
+        for row, frames in zip(rows, decoded, strict=True):
+            if isinstance(frames, VideoError):
+                yield dropped(row, STAGE, f"unreadable: {frames}"), None
+                continue
+            latent = next(moments)
+            if not torch.isfinite(latent).all():
+                yield dropped(row, STAGE, "not finite: the Video-VAE gave infinite or undefined values"), None
+                continue
+            states = captions[row["caption"]]
+            yield row, ShardSample(row["clip_id"], latent, states.llm, states.clip, _metadata(row, bucket, states))
+
+    @torch.inference_mode()
+    def _moments(self, videos: Sequence[np.ndarray]) -> torch.Tensor:
+        """uint8 [T, H, W, 3] each -> [B, t, 2z, h, w] on the CPU, as it will be stored."""
+        pixels = torch.from_numpy(np.stack(videos)).to(self.device).permute(0, 1, 4, 2, 3)
+        return self.vae.encode_moments(pixels.float() / 127.5 - 1).to("cpu", torch.bfloat16)
+
+
+def vae_fingerprint(path: Path) -> str:
+    """Hash over the files of a Video-VAE.
+
+    Raises:
+        UserError: nothing there.
+    """
+    files = (
+        sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+    )
+    weights = [file for file in files if file.suffix == ".safetensors" and file.is_file()]
+    if not weights:
+        raise UserError(f"--vae {path}: no Video-VAE there (a folder with model.safetensors, or a .safetensors file)")
+    named = [file for file in files if file.name == "config.json"] + weights
+    return "-".join(file_sha256(file)[:16] for file in named)
+
+
+def _submit(threads: ThreadPoolExecutor, rows: Sequence[Row], bucket: Bucket) -> list[Future[np.ndarray | VideoError]]:
+    return [threads.submit(_decode, row, bucket) for row in rows]
+
+
+def _decode(row: Row, bucket: Bucket) -> np.ndarray | VideoError:
+    """uint8 [T, H, W, 3] in the bucket's size; a failure is a value, as it concerns this clip only."""
+    start, _ = window_of(row, bucket)
+    size = (bucket.height, bucket.width)
+    try:
+        return read_frames(row["source"], start, bucket.frames, size=size, crop=crop_of(row))
+    except VideoError as error:
+        return error
+
+
+def _metadata(row: Row, bucket: Bucket, states: TextStates) -> dict[str, object]:
+    start, end = window_of(row, bucket)
+    crop = crop_of(row)
+    return {
+        "caption": row["caption"],
+        "language": row["language"],
+        "bucket": bucket.name,
+        "file_name": Path(row["source"]).name,
+        "content_hash": row["content_hash"],
+        "start_frame": start,
+        "end_frame": end,
+        "fps": row["fps"],
+        "is_image": row["is_image"],
+        "crop": list(crop) if crop else None,
+        "text_truncated": states.truncated,
+    }

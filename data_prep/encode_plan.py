@@ -1,0 +1,88 @@
+"""Which clip goes into which bucket and shard: decided before anything is encoded, from the manifest alone.
+
+So a stopped run knows which shards are missing, and a second run of the same plan makes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_video.buckets import Bucket, choose_bucket
+from megatron_video.errors import UserError
+from megatron_video.manifest import Row, dropped
+from megatron_video.shard_schema import shard_name
+from megatron_video.video_io import CropBox
+
+STAGE = "encode"
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """Clips of one bucket that go into one tar."""
+
+    name: str
+    bucket: Bucket
+    rows: tuple[Row, ...]
+
+
+def plan_shards(
+    rows: Sequence[Row], buckets: Sequence[Bucket], samples_per_shard: int
+) -> tuple[list[PlannedShard], list[Row]]:
+    """Shards, and the rows that no bucket holds (as dropped rows). Order within a bucket is the manifest's.
+
+    Raises:
+        UserError: a clip occurs twice, or `samples_per_shard` is not positive.
+    """
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard} must be at least 1")
+    _refuse_duplicates(rows)
+    by_bucket: dict[Bucket, list[Row]] = {bucket: [] for bucket in sorted(buckets)}
+    unplaced = []
+    for row in rows:
+        bucket = bucket_of(row, buckets)
+        if bucket is None:
+            unplaced.append(dropped(row, STAGE, _no_bucket(row, buckets)))
+        else:
+            by_bucket[bucket].append({**row, "bucket": bucket.name})
+    groups = [
+        (bucket, tuple(members[start : start + samples_per_shard]))
+        for bucket, members in by_bucket.items()
+        for start in range(0, len(members), samples_per_shard)
+    ]
+    return [PlannedShard(shard_name(n), bucket, group) for n, (bucket, group) in enumerate(groups)], unplaced
+
+
+def bucket_of(row: Row, buckets: Sequence[Bucket]) -> Bucket | None:
+    """Bucket of a clip by its length and the aspect ratio inside its black borders."""
+    box = crop_of(row)
+    width, height = (box.width, box.height) if box else (row["width"], row["height"])
+    return choose_bucket(buckets, row["end_frame"] - row["start_frame"], height, width, row["is_image"])
+
+
+def crop_of(row: Row) -> CropBox | None:
+    """The box inside black borders; None if there are none, or the clip is not tagged."""
+    if not row["border_share"]:
+        return None
+    return CropBox(row["crop_x"], row["crop_y"], row["crop_width"], row["crop_height"])
+
+
+def window_of(row: Row, bucket: Bucket) -> tuple[int, int]:
+    """First frame and frame after the last one that are encoded: the middle of the clip, at its own frame rate."""
+    start = row["start_frame"] + (row["end_frame"] - row["start_frame"] - bucket.frames) // 2
+    return start, start + bucket.frames
+
+
+def _no_bucket(row: Row, buckets: Sequence[Bucket]) -> str:
+    kind = "an image" if row["is_image"] else f"a video of {row['end_frame'] - row['start_frame']} frames"
+    return f"no bucket: {kind} fits none of {', '.join(bucket.name for bucket in buckets)}"
+
+
+def _refuse_duplicates(rows: Sequence[Row]) -> None:
+    seen: dict[str, str] = {}
+    for row in rows:
+        if row["clip_id"] in seen:
+            raise UserError(
+                f"clip {row['clip_id']} occurs twice in the manifest: {seen[row['clip_id']]} and {row['source']}"
+            )
+        seen[row["clip_id"]] = row["source"]

@@ -1,0 +1,200 @@
+"""`megatron-video data verify`: read everything in a folder of shards and compare it with itself.
+
+Each tar against its checksum and, walked as a tar, against the index; each sample against its checksum, its bucket and
+the widths of the data set, with finite values; the manifest against the index; the null text. All faults are listed,
+each with its shard and key, and the exit code is 2 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from data_prep.encode import MANIFEST_FILE
+from data_prep.workers import progress
+from megatron_video.cli import run_command
+from megatron_video.errors import UserError
+from megatron_video.manifest import read_manifest
+from megatron_video.shard_schema import MEMBER_SUFFIXES, DatasetInfo, ShardSample, file_sha256
+from megatron_video.shards import ShardDataset, read_null_text
+
+_FAULTS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was read, and what is wrong."""
+
+    folder: str
+    shards: int
+    samples: int
+    megabytes: float
+    tokens: int
+    """Step-LLM tokens of all captions."""
+    seconds: float
+    faults: list[str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="megatron-video data verify", description=__doc__)
+    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="SHARDS", help="folder of shards")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args(argv)
+    report = run(arguments.source)
+    _print(report, arguments.json)
+    if report.faults:
+        raise UserError(
+            f"{report.folder}: {len(report.faults)} faults; encode the named shards again: {report.faults[0]}"
+        )
+    return 0
+
+
+def run(folder: Path) -> VerifyReport:
+    """Check a finished folder of shards.
+
+    Raises:
+        UserError: no finished shards there, or an index that is wrong in itself.
+    """
+    started = time.monotonic()
+    dataset = ShardDataset(folder)
+    info = dataset.dataset_info
+    steps = (_check_files(dataset), _check_samples(dataset), _check_manifest(dataset), _check_null_text(dataset))
+    return VerifyReport(
+        folder=str(folder),
+        shards=len(info.shards),
+        samples=len(dataset),
+        megabytes=round(sum(shard["bytes"] for shard in info.shards) / 1e6, 2),
+        tokens=pc.sum(dataset.index["llm_tokens"]).as_py() or 0,
+        faults=[fault for step in steps for fault in step],
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def _check_files(dataset: ShardDataset) -> Iterator[str]:
+    """Checksums of whole files, and the walk of each tar against the index."""
+    info = dataset.dataset_info
+    for name, checksum in info.files.items():
+        path = dataset.folder / name
+        if not path.is_file() or file_sha256(path) != checksum:
+            yield f"{path}: missing or changed since it was written"
+    listed = {shard["name"] for shard in info.shards}
+    for stray in sorted({path.name for path in dataset.folder.glob("*.tar")} - listed):
+        yield f"{dataset.folder / stray}: not in {info.samples} samples of the data set; no index knows it"
+    for shard in progress(info.shards, len(info.shards), "verify", unit="shard"):
+        yield from _check_tar(dataset, shard)
+
+
+def _check_tar(dataset: ShardDataset, shard: dict[str, Any]) -> Iterator[str]:
+    path = dataset.folder / shard["name"]
+    if not path.is_file():
+        yield f"{path}: missing"
+        return
+    if file_sha256(path) != shard["sha256"]:
+        yield f"{path}: checksum differs: the file changed since it was written"
+    rows = dataset.index.filter(pc.equal(dataset.index["shard"], shard["name"]))
+    expected = _expected_members(rows)
+    try:
+        with tarfile.open(path) as tar:
+            found = {member.name: (member.offset_data, member.size) for member in tar}
+    except (tarfile.TarError, OSError) as error:
+        yield f"{path}: not a readable tar: {error}"
+        return
+    for name in sorted(set(found.items()) ^ set(expected.items())):
+        yield f"{path}: member {name[0]} at {name[1]} is in only one of tar and index"
+
+
+def _expected_members(rows: pa.Table) -> dict[str, tuple[int, int]]:
+    return {
+        f"{row['key']}.{suffix}": (row[f"{payload}_offset"], row[f"{payload}_size"])
+        for row in rows.to_pylist()
+        for payload, suffix in MEMBER_SUFFIXES.items()
+    }
+
+
+def _check_samples(dataset: ShardDataset) -> Iterator[str]:
+    for number in progress(range(len(dataset)), len(dataset), "verify", unit="sample"):
+        try:
+            sample = dataset[number]
+        except UserError as error:
+            yield str(error)
+            continue
+        where = f"{dataset.folder / dataset.index['shard'][number].as_py()}: sample {sample.key}"
+        yield from (f"{where}: {fault}" for fault in _sample_faults(sample, dataset, number))
+
+
+def _sample_faults(sample: ShardSample, dataset: ShardDataset, number: int) -> Iterator[str]:
+    tokens, bucket = dataset.index["llm_tokens"][number].as_py(), dataset.index["bucket"][number].as_py()
+    yield from _text_faults(sample.llm, sample.clip, dataset.dataset_info)
+    if len(sample.llm) != tokens:
+        yield f"{len(sample.llm)} Step-LLM tokens, the index says {tokens}"
+    if not torch.isfinite(sample.moments).all():
+        yield "moments that are not finite"
+    if sample.metadata.get("key") != sample.key or sample.metadata.get("bucket", bucket) != bucket:
+        yield "the metadata names another key or bucket"
+
+
+def _text_faults(llm: torch.Tensor, clip: torch.Tensor, info: DatasetInfo) -> Iterator[str]:
+    if llm.ndim != 2 or not len(llm) or llm.shape[1] != info.llm_dim:
+        yield f"Step-LLM states {list(llm.shape)}, not [tokens, {info.llm_dim}]"
+    if list(clip.shape) != [info.clip_tokens, info.clip_dim]:
+        yield f"CLIP states {list(clip.shape)}, not {[info.clip_tokens, info.clip_dim]}"
+    if not (torch.isfinite(llm).all() and torch.isfinite(clip).all()):
+        yield "text states that are not finite"
+
+
+def _check_manifest(dataset: ShardDataset) -> Iterator[str]:
+    path = dataset.folder / MANIFEST_FILE
+    try:
+        table = read_manifest(path)
+    except UserError as error:
+        yield str(error)
+        return
+    kept = table.filter(table["dropped_by"].is_null())
+    wanted = dict(zip(kept["clip_id"].to_pylist(), _pairs(kept), strict=True))
+    found = dict(zip(dataset.index["key"].to_pylist(), _pairs(dataset.index), strict=True))
+    for key in sorted(wanted.keys() ^ found.keys()):
+        yield f"{path}: clip {key} is in only one of manifest and index"
+    for key in sorted(wanted.keys() & found.keys()):
+        if wanted[key] != found[key]:
+            yield f"{path}: clip {key} is in {wanted[key]} by the manifest, in {found[key]} by the index"
+
+
+def _pairs(table: pa.Table) -> Iterable[tuple[str, str]]:
+    return list(zip(table["shard"].to_pylist(), table["bucket"].to_pylist(), strict=True))
+
+
+def _check_null_text(dataset: ShardDataset) -> Iterator[str]:
+    try:
+        llm, clip = read_null_text(dataset.folder)
+    except UserError as error:
+        yield str(error)
+        return
+    yield from (f"null text: {fault}" for fault in _text_faults(llm, clip, dataset.dataset_info))
+
+
+def _print(report: VerifyReport, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(report), ensure_ascii=False))
+        return
+    state = f"{len(report.faults)} faults" if report.faults else "all good"
+    print(f"verify: {report.folder}: {state}")
+    for name in ("shards", "samples", "megabytes", "tokens", "seconds"):
+        print(f"  {name:<12}{getattr(report, name)}")
+    for fault in report.faults[:_FAULTS_SHOWN]:
+        print(f"    {fault}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
