@@ -21,6 +21,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # How these are shown, and what a user types.
 SHOWN_AS = ((PROGRAM, "megatron-video"), (TORCHRUN, "torchrun"))
 
+# Of the raw clips; encoded samples keep it.
+FPS = 24
 COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色"}
 DIRECTIONS = {"left": "左", "right": "右", "up": "上", "down": "下"}
 SHAPES = {"circle": "圆形", "square": "方块", "triangle": "三角形"}
@@ -183,7 +185,7 @@ def _data_steps(config: DemoConfig, at: Layout) -> list[Step]:
     for before, stage in itertools.pairwise(("ingest", "segment", "tag", "filter")):
         command = [stage, "--in", at.manifest(before), "--out", at.manifest(stage)]
         steps.append(_data(stage, command, [at.manifest(stage)]))
-    steps.append(_measure("measure real clips", "real", ["--manifest", at.manifest("filter")], at))
+    steps.append(_measure("measure real clips", "real", ["--manifest", at.manifest("filter"), "--limit", "64"], at))
     return steps
 
 
@@ -191,11 +193,11 @@ def _encoder_steps(config: DemoConfig, at: Layout) -> list[Step]:
     manifest, vae, text, shards = at.manifest("filter"), at.out / "vae", at.out / "text", at.out / "shards"
     build = ["text", "build", "--captions", manifest, "--out", text, "--seed", config.seed, *config.text]
     settings = [f"manifest={manifest}", f"output={vae}", f"seed={config.seed}", *config.vae]
-    encode = ["encode", "--in", manifest, "--vae", vae, "--text", text, "--out", shards, "--buckets", *config.buckets]
+    encode = ["encode", "--in", manifest, "--vae", vae, "--text", text, "--out", shards, "--buckets"]
     return [
         _command("text encoders", build, [text]),
         _command("train the VAE", ["vae", "train", "--config", "vae_demo", *settings], [vae]),
-        _data("encode", encode, [shards]),
+        _data("encode", [*encode, ",".join(config.buckets)], [shards]),
         _data("verify", ["verify", "--in", shards], []),
     ]
 
@@ -205,7 +207,7 @@ def _train_steps(config: DemoConfig, at: Layout) -> list[Step]:
     overrides = _pretrain_overrides(config, at)
     launch = ("--standalone", "--nproc-per-node", str(config.ranks), "-m", "training.pretrain", "--config", "demo")
     command = (*TORCHRUN, *launch, *overrides)
-    threads = max(1, available_cores() // config.ranks)
+    threads = _threads_per_rank(config)
     killed_at = kill_step(settings.steps, settings.save_every)
     return [
         Step(f"pretrain, killed after step {killed_at}", command, (at.run,), threads, kill_at=killed_at),
@@ -243,11 +245,18 @@ def _result_steps(config: DemoConfig, at: Layout) -> list[Step]:
 
 def _sample(config: DemoConfig, name: str, checkpoint: Path, at: Layout) -> Step:
     frames, height, width = config.buckets[0].split("x")
-    size = ["--frames", frames, "--height", height, "--width", width, "--batch-size", config.sample_batch]
+    size = ["--frames", frames, "--height", height, "--width", width, "--fps", FPS]
     method = ["--steps", config.sampling_steps, "--guidance", config.guidance, "--time-shift", config.time_shift]
     encoders = ["--vae", at.out / "vae", "--text", at.out / "text", "--prompts", at.prompts]
-    command = ["sample", "--checkpoint", checkpoint, *encoders, "--out", at.samples(name), *size, *method]
-    return _command(f"sample, {name}", command, [at.samples(name)])
+    options = ["--checkpoint", checkpoint, *encoders, "--out", at.samples(name), *size, *method]
+    # Every rank holds the whole small model here, and the ranks share the prompts.
+    launch = ("--standalone", "--nproc-per-node", config.ranks, "-m", "training.sample")
+    command = tuple(map(str, (*TORCHRUN, *launch, *options, "--batch-size", config.sample_batch)))
+    return Step(f"sample, {name}", command, (at.samples(name),), _threads_per_rank(config))
+
+
+def _threads_per_rank(config: DemoConfig) -> int:
+    return max(1, available_cores() // config.ranks)
 
 
 def _measure(title: str, name: str, source: Sequence[object], at: Layout) -> Step:

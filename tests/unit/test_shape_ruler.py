@@ -58,7 +58,7 @@ def degrade(frames: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("degraded", [False, True], ids=["as encoded", "as a small model shows them"])
 def test_real_encoded_clips_are_read_right(tmp_path: Path, degraded: bool) -> None:
-    make_demo_clips(tmp_path / "raw", clips=72, seed=11)
+    make_demo_clips(tmp_path / "raw", clips=48, seed=11)
     entries = [json.loads(line) for line in (tmp_path / "raw" / "captions.jsonl").read_text().splitlines()]
     results = []
     for entry in entries:
@@ -69,7 +69,7 @@ def test_real_encoded_clips_are_read_right(tmp_path: Path, degraded: bool) -> No
         frames = read_frames(tmp_path / "raw" / entry["path"])
         seen = observe(degrade(frames) if degraded else frames)
         results.append((seen.colour, seen.direction) == (asked.colour, asked.direction))
-    assert len(results) > 40
+    assert len(results) > 25
     assert np.mean(results) >= 0.99
 
 
