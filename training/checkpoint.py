@@ -27,6 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_video.config_io import build_config, config_to_dict, save_config
 from megatron_video.dit.config import DiTConfig
 from megatron_video.errors import UserError
+from megatron_video.parallel import ParallelConfig
 
 STATE_FILE, CONFIG_FILE, LATEST_FILE = "train_state.json", "config.yaml", "latest"
 WRITING_SUFFIX = ".writing"
@@ -145,6 +146,13 @@ def newest_checkpoint(checkpoints_dir: Path) -> Path | None:
     return None
 
 
+def agree_on_newest(checkpoints_dir: Path) -> Path | None:
+    """`newest_checkpoint` as rank 0 sees it, on all ranks: file systems show new files to some nodes late."""
+    found = [newest_checkpoint(checkpoints_dir) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None: a half-written name, files that lack or differ in size."""
     if folder.name.endswith(WRITING_SUFFIX):
@@ -198,6 +206,17 @@ def check_same_data_plan(checkpoint: Path, plan: dict[str, Any]) -> None:
         UserError: naming every property that differs, with both values.
     """
     _refuse_differences(checkpoint, "data plan", read_state(checkpoint).data_plan, plan)
+
+
+def check_same_optimizer_format(checkpoint: Path, parallel: ParallelConfig) -> None:
+    """Refuse optimizer state that was sharded over replicas for an optimizer that is not, and the other way round.
+
+    Raises:
+        UserError: naming the field and both values.
+    """
+    name = "use_distributed_optimizer"
+    stored, ours = read_config(checkpoint)["parallel"][name], parallel.use_distributed_optimizer
+    _refuse_differences(checkpoint, "optimizer", {f"parallel.{name}": stored}, {f"parallel.{name}": ours})
 
 
 def _refuse_differences(checkpoint: Path, what: str, stored: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -87,9 +87,24 @@ def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int
         UserError: the checkpoint does not fit the configuration.
         RuntimeError: too many steps in a row were refused for non-finite values.
     """
-    stop = StopSignal()
-    stop.install()
     trainer = build_trainer(config, data, device)
+    try:
+        with StopSignal() as stop:
+            finished = run_steps(trainer, device, stop)
+    except BaseException:
+        trainer.telemetry.close("failed", trainer.state.step)
+        raise
+    trainer.telemetry.close("finished" if finished else "stopped", trainer.state.step)
+    return 0 if finished else REQUEUE_EXIT_CODE
+
+
+def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
+    """Train to the last step, or until a stop is asked for; the state is saved when this returns.
+
+    Returns:
+        Whether the last step is done.
+    """
+    config = trainer.config
     settings, state, telemetry = config.training, trainer.state, trainer.telemetry
     if state.step == 0 and settings.save_initial:
         trainer.save()
@@ -126,21 +141,20 @@ def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int
         if result.stop_requested or state.step % settings.save_every == 0 or state.step == settings.steps:
             trainer.save()
             watch.lap()
-        if result.stop_requested and state.step < settings.steps:
-            telemetry.close("stopped", state.step)
-            return REQUEUE_EXIT_CODE
-    telemetry.close("finished", state.step)
-    return 0
+        if result.stop_requested:
+            break
+    return state.step >= settings.steps
 
 
 def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
     """Build data order, model and optimizer, and bring them to where the run stands."""
     plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
     identity = {"data set": data.fingerprint(), **plan.identity()}
-    found = checkpoint.newest_checkpoint(Path(config.run.output_dir) / "checkpoints")
+    found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints")
     if found is not None:
         checkpoint.check_same_model(found, config.model)
         checkpoint.check_same_data_plan(found, identity)
+        checkpoint.check_same_optimizer_format(found, config.parallel)
     chunks = build_dit(
         config.model,
         config.parallel,

@@ -37,7 +37,7 @@ def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list
     )
     config = chunks[0].config
     for chunk in chunks:
-        chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]  # the schedules ask for it
+        chunk.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
     model = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

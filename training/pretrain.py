@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    # megatron-core asks for it: with one queue, communication starts in the order in which it was issued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The device comes first: it decides what the imports below may assume. They also take seconds.
     from megatron_video.device import initialize
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
 
 REQUEUE_EXIT_CODE = 143
 """Exit code of a run that was asked to stop, saved, and is to be started again with the same command (128 + SIGTERM,
@@ -18,10 +18,16 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
 
-    def install(self) -> None:
+    def __enter__(self) -> StopSignal:
         """Start listening. A second signal changes nothing (torchrun sends it twice)."""
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

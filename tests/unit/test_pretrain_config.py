@@ -1,0 +1,107 @@
+"""Contradictory and unknown settings of a pretraining run are refused by name; presets are what the paper says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_video.config_io import load_config
+from megatron_video.errors import UserError
+from training.config import PRESET_DIR, AdamWConfig, PretrainConfig
+from training.optimizer import learning_rate
+
+REFUSED = [
+    (["model.num_attention_heads=6", "parallel.tensor_model_parallel_size=4"], "that work: 1, 2, 3, 6"),
+    (["model.num_layers=6", "parallel.pipeline_model_parallel_size=4"], "num_layers=6"),
+    (["parallel.sequence_parallel=true"], "tensor_model_parallel_size"),
+    (["data.global_batch_size=10", "data.micro_batch_size=4"], "nearest: 8 or 12"),
+    (["data.draw_size=6", "data.micro_batch_size=4"], "draw_size=6"),
+    (["data.text_dropout=1.5"], "text_dropout=1.5"),
+    (["data.micro_batch_size=0"], "micro_batch_size=0"),
+    (["data.bucket_weights={a: -1}"], "bucket_weights.a"),
+    (["optimizer.learning_rate=0"], "learning_rate=0"),
+    (["optimizer.betas=[0.9, 1.0]"], "betas"),
+    (["optimizer.warmup_steps=2000", "training.steps=1000"], "warmup_steps=2000"),
+    (["training.precision=fp16"], "fp32"),
+    (["training.stepz=4"], "did you mean 'steps'"),
+    (["training.steps=many"], "training.steps='many'"),
+    (["flow.std=0"], "std=0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(o) for o, _ in REFUSED])
+def test_contradictions_are_refused_by_name(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[").replace("(", r"\(")):
+        load_config(PretrainConfig, None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "message"),
+    [
+        (3, ["parallel.tensor_model_parallel_size=2"], "nearest: 2 or 4"),
+        (3, ["data.global_batch_size=8"], "nearest: 6 or 9"),
+        (
+            2,
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "data.global_batch_size=3",
+            ],
+            "interleaved",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit_the_ranks_are_refused(world: int, overrides: list[str], message: str) -> None:
+    config = load_config(PretrainConfig, None, overrides)
+    with pytest.raises(UserError, match=message):
+        config.data_parallel_size(world)
+
+
+# (stage, learning rate, samples a node, iterations, samples seen) as printed in Table 6 of arXiv 2502.10248
+TABLE_6 = [
+    ("t2i_256_s1", 1e-4, 40, 53_000, 0.8e9),
+    ("t2i_256_s2", 1e-4, 40, 200_000, 3e9),
+    ("t2vi_192_s1", 6e-5, 4, 171_000, 256e6),
+    ("t2vi_192_s2", 6e-5, 4, 101_000, 151e6),
+    ("t2vi_192_s3", 6e-5, 4, 158_000, 237e6),
+    ("t2vi_540_s1", 2e-5, 2, 23_000, 17.3e6),
+    ("t2vi_540_s2", 1e-5, 2, 17_000, 8.5e6),
+    ("t2vi_540_s3", 1e-5, 1, 6_000, 1.5e6),
+]
+
+
+@pytest.mark.parametrize(("stage", "rate", "per_node", "steps", "seen"), TABLE_6, ids=[row[0] for row in TABLE_6])
+def test_presets_of_the_30b_follow_table_6(stage: str, rate: float, per_node: int, steps: int, seen: float) -> None:
+    config = load_config(PretrainConfig, f"step_video_30b_{stage}", [], PRESET_DIR)
+    assert config.optimizer.learning_rate == rate
+    assert config.training.steps == steps
+    assert config.data.global_batch_size * steps == pytest.approx(seen, rel=0.03)
+    nodes = config.data.global_batch_size // per_node
+    # A node of 8 GPUs is one replica.
+    assert config.data_parallel_size(8 * nodes) == nodes
+    assert config.model.hidden_size == 6144
+
+
+def test_every_preset_of_this_command_loads() -> None:
+    for path in PRESET_DIR.glob("*.yaml"):
+        if path.stem == "demo" or path.stem.startswith("step_video"):
+            load_config(PretrainConfig, path.stem, [], PRESET_DIR)
+
+
+def test_configuration_survives_saving(tmp_path: Path) -> None:
+    from megatron_video.config_io import save_config
+
+    config = load_config(PretrainConfig, "demo", ["training.steps=77"], PRESET_DIR)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    constant = AdamWConfig(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(step, constant, 100) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+    cosine = AdamWConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=0, decay="cosine")
+    assert learning_rate(0, cosine, 101) == 1.0
+    assert learning_rate(25, cosine, 101) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate(100, cosine, 101) == pytest.approx(0.2)
