@@ -61,6 +61,7 @@ MIN_FRAMES, MAX_FRAMES = 24, 27  # at least 17 are left after segment drops thre
 REFERENCE_STEPS = 16  # the travel below is over 17 frames
 TRAVEL_SHARE = (0.34, 0.48)  # of the frame's side along the motion
 RADIUS_SHARE = (0.15, 0.20)  # of the shorter side
+MARGIN = 2  # pixels between a shape and the edge
 BACKGROUND_GREY = (30, 150)  # above what counts as black border
 MIN_CONTRAST = 28  # grey levels between shape and background, so that motion is seen without colour too
 BORDER_ROWS = 12
@@ -218,12 +219,12 @@ def _plan_scene(
     radius = float(rng.uniform(*RADIUS_SHARE)) * min(width, height)
     step = np.asarray(DIRECTIONS[direction], float)
     side = np.asarray((width, height), float)
-    free = side - 2 * radius - 2
+    free = side - 2 * (radius + MARGIN)
     speed = rng.uniform(*TRAVEL_SHARE) * (side @ np.abs(step)) / REFERENCE_STEPS
     # All of the clip's travel must fit between the edges, so that the shape is whole in every frame.
     speed = min(speed, (free @ np.abs(step)) / max(num_frames - 1, 1))
     travel = step * speed * (num_frames - 1)
-    first = radius + 1 + np.maximum(-travel, 0) + rng.uniform(size=2) * (free - np.abs(travel))
+    first = radius + MARGIN + np.maximum(-travel, 0) + rng.uniform(size=2) * (free - np.abs(travel))
     return Scene(
         colour=(int(colour[0]), int(colour[1]), int(colour[2])),
         shape=shape,

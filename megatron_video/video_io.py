@@ -185,13 +185,14 @@ def stream_rate(stream: VideoStream) -> Fraction:
 
 def _encode_h264(path: Path, frames: np.ndarray, fps: float, options: dict[str, str]) -> None:
     # One thread and bitexact: the bytes must not depend on the machine. Faststart: the header survives a cut tail.
+    # mbtree off: with SIMD it reads memory that x264 did not set, and the bytes differ from process to process.
     flags = {"movflags": "+faststart", "fflags": "+bitexact"}
-    colours = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
+    parameters = "mbtree=0:colorprim=bt709:transfer=bt709:colormatrix=bt709"
     with av.open(str(path), "w", format="mp4", options=flags) as container:
         stream = container.add_stream(
             "libx264",
             rate=Fraction(fps).limit_denominator(100_000),
-            options={**options, "threads": "1", "flags": "+bitexact", "x264-params": colours},
+            options={**options, "threads": "1", "flags": "+bitexact", "x264-params": parameters},
         )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
