@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_video.errors import UserError
+from megatron_video.fingerprint import fingerprint_files
 from megatron_video.text.clip import DEFAULT_MAX_LENGTH, clip_states, load_clip, require_bert
 from megatron_video.text.step_llm import StepLLM, StepLLMConfig
 from megatron_video.text.tokenizers import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # The released CLIP keeps its two halves in folders of these names; ours are flat.
 _CLIP_MODEL_FOLDER = "clip_text_encoder"
 _CLIP_TOKENIZER_FOLDER = "tokenizer"
-_FINGERPRINT_BYTES = 1 << 20
+_FOLDER_NAMES = (("clip", "hunyuan_clip"), ("step_llm",))
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class TextStates:
     def truncated(self) -> bool:
         """Whether any encoder did not see the end of the caption."""
         return self.llm_truncated or self.clip_truncated
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TextStates:
+        """The same states elsewhere or rounded."""
+        return replace(self, llm=self.llm.to(device, dtype), clip=self.clip.to(device, dtype))
 
 
 class TextEncoders:
@@ -140,20 +144,30 @@ class TextEncoders:
         return [state.clone() for state in clip_states(self.clip, ids.to(device), mask.to(device))]
 
 
+def text_folders(folder: str | Path) -> tuple[Path, Path]:
+    """(CLIP folder, Step-LLM folder) below `folder`, under the names given here or the released ones.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    folder = Path(folder)
+    found = [next((folder / name for name in names if (folder / name).is_dir()), None) for names in _FOLDER_NAMES]
+    for names, path in zip(_FOLDER_NAMES, found, strict=True):
+        if path is None:
+            raise UserError(f"{folder} holds no text encoders: no folder {' or '.join(names)} in it")
+    clip, llm = found
+    assert clip is not None
+    assert llm is not None
+    return clip, llm
+
+
 def text_fingerprint(clip_folder: str | Path, llm_folder: str | Path) -> str:
-    """A short hash that tells encoder folders apart: all of the small files, sizes and both ends of the weights.
+    """Tells encoder folders apart; see `fingerprint_files`.
 
     Raises:
         UserError: a folder holds no weights.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for file in _identifying_files(Path(clip_folder), Path(llm_folder)):
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(_FINGERPRINT_BYTES))
-            handle.seek(max(file.stat().st_size - _FINGERPRINT_BYTES, 0))
-            digest.update(handle.read())
-    return digest.hexdigest()
+    return fingerprint_files(_identifying_files(Path(clip_folder), Path(llm_folder)))
 
 
 def _identifying_files(clip_folder: Path, llm_folder: Path) -> Iterator[Path]:

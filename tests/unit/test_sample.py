@@ -1,0 +1,234 @@
+"""`megatron-video sample`: what is written, what it depends on, resuming, and refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+
+from megatron_video.errors import UserError
+from megatron_video.flops import LatentShape
+from megatron_video.generation import to_pixels
+from megatron_video.video_io import probe, read_frames
+from training.sample import main
+from training.sample_folder import animated_gif
+from training.sample_prompts import read_prompts
+
+PROMPTS = ["a red circle moves left", "a blue square moves up", "蓝色方块向上移动"]
+# Mean difference of 8-bit pixels. Rounding moves latents by 1e-6 and single pixels by 1, from which H.264 makes up to
+# 0.3 in videos of random weights; other noise or another text makes 10 to 50.
+NEAR, FAR = 1, 5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_text_encoders(folder)
+    write_tiny_vae(folder)
+    write_tiny_run(folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return folder
+
+
+def _command(models: Path, out: Path, *more: str) -> list[str]:
+    inputs = {"checkpoint": "run", "vae": "vae", "text": "text", "prompts": "prompts.txt"}
+    paths = [part for name, file in inputs.items() for part in (f"--{name}", str(models / file))]
+    size = ["--frames", "17", "--height", "32", "--width", "48", "--steps", "3", "--fps", "12", "--guidance", "3"]
+    return [*paths, "--out", str(out), *size, *more]
+
+
+@pytest.fixture(scope="module")
+def samples(models: Path) -> Path:
+    main(_command(models, models / "samples"))
+    return models / "samples"
+
+
+def _videos(folder: Path) -> list[np.ndarray]:
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [read_frames(folder / json.loads(line)["file"]).astype(int) for line in lines]
+
+
+def _distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    return max(np.abs(x - y).mean() for x, y in zip(a, b, strict=True))
+
+
+def test_every_prompt_has_its_video_sheet_line_and_tensorboard_picture(samples: Path) -> None:
+    lines = [json.loads(line) for line in (samples / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    assert [(line["seed"], line["noise_index"]) for line in lines] == [(0, 0), (0, 1), (0, 2)]
+    for line in lines:
+        info = probe(samples / line["file"])
+        assert (info.num_frames, info.height, info.width, info.fps) == (17, 32, 48, 12)
+        assert Image.open(samples / f"{line['index']:05d}_sheet.png").width > 3 * 48
+    assert (samples / "contact_sheet.png").is_file()
+    board = EventAccumulator(str(samples / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["images"] == ["samples/00000", "samples/00001", "samples/00002"]
+    picture = board.Images("samples/00001")[0]
+    gif = Image.open(io.BytesIO(picture.encoded_image_string))
+    assert (picture.step, picture.height, gif.format, gif.n_frames) == (7, 32, "GIF", 17)
+
+
+def test_prompts_and_seeds_make_different_videos(models: Path, samples: Path) -> None:
+    first, second, third = _videos(samples)
+    assert _distance([first], [second]) > FAR
+    assert _distance([second], [third]) > FAR
+    (models / "one_noise.jsonl").write_text("".join(json.dumps({"prompt": p, "seed": 4}) + "\n" for p in PROMPTS))
+    arguments = _command(models, models / "one_noise")
+    arguments[arguments.index("--prompts") + 1] = str(models / "one_noise.jsonl")
+    main(arguments)
+    a, b, _ = _videos(models / "one_noise")
+    assert _distance([a], [b]) > FAR  # the text alone
+
+
+def test_batch_size_does_not_change_the_samples(models: Path, samples: Path) -> None:
+    main(_command(models, models / "batched", "--batch-size", "3"))
+    assert _distance(_videos(samples), _videos(models / "batched")) < NEAR
+
+
+@pytest.mark.distributed
+def test_ranks_do_not_change_the_samples(models: Path, samples: Path, tmp_path: Path) -> None:
+    """Two replicas of two tensor-parallel ranks, which share three prompts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    layout = ["--tensor-parallel-size", "2", "--sequence-parallel"]
+    command = [*torchrun, "-m", "training.sample", *_command(models, tmp_path / "out", *layout)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
+    assert _distance(_videos(samples), _videos(tmp_path / "out")) < NEAR
+
+
+def test_a_second_run_makes_only_what_is_missing(models: Path, tmp_path: Path, samples: Path) -> None:
+    arguments = _command(models, tmp_path / "out", "--batch-size", "2")
+    main([*arguments, "--limit", "2"])
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.mp4")}
+    assert len(times) == 2
+    next(iter(times)).unlink()
+    main(arguments)
+    kept = [path for path, before in times.items() if path.stat().st_mtime_ns == before]
+    assert len(kept) == 1
+    # Made in other batches, and in two runs, they are the samples of one run.
+    assert _distance(_videos(samples), _videos(tmp_path / "out")) < NEAR
+    main([*arguments, "--limit", "1"])
+    assert len(json.loads((tmp_path / "out" / "settings.json").read_text())["prompts"]) == 3
+
+
+def test_other_settings_prompts_or_models_are_refused_by_name(models: Path, samples: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"steps: 3 there, 4 now"):
+        main(_command(models, samples, "--steps", "4"))
+    with pytest.raises(UserError, match=r"other prompts \(number 0"):
+        main(_command(models, samples, "--seed", "1"))
+    other = write_tiny_run(tmp_path, seed=1)
+    arguments = _command(models, samples)
+    arguments[arguments.index("--checkpoint") + 1] = str(other)
+    with pytest.raises(UserError, match=r"checkpoint: step_00000007 \w+ there, step_00000007 \w+ now"):
+        main(arguments)
+    with pytest.raises(UserError, match="was not made by"):
+        main(_command(models, models))
+
+
+def test_images_and_runs_without_guidance(models: Path, tmp_path: Path) -> None:
+    arguments = _command(models, tmp_path / "out", "--frames", "1", "--guidance", "1", "--limit", "1")
+    main(arguments)
+    assert read_frames(tmp_path / "out" / "00000.png").shape == (1, 32, 48, 3)
+
+
+def test_negative_prompt_counts(models: Path, samples: Path, tmp_path: Path) -> None:
+    main(_command(models, tmp_path / "out", "--negative-prompt", "a blue square moves up"))
+    assert _distance(_videos(samples)[:1], _videos(tmp_path / "out")[:1]) > FAR
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--frames", "16", "frames=16"),
+        ("--height", "40", "height=40"),
+        ("--guidance", "nan", "guidance=nan"),
+        ("--steps", "0", "steps=0"),
+        ("--batch-size", "0", "--batch-size 0"),
+        ("--tensor-parallel-size", "3", "1 ranks cannot hold"),
+        ("--vae", "/nowhere", "--vae /nowhere"),
+        ("--text", "/nowhere", "/nowhere holds no text encoders"),
+        ("--checkpoint", "/nowhere", "/nowhere is not a folder"),
+        ("--prompts", "/nowhere", "--prompts /nowhere"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(models: Path, tmp_path: Path, option: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([*_command(models, tmp_path / "out"), option, value])
+
+
+def test_wrong_vae_or_encoders_are_refused(models: Path, tmp_path: Path) -> None:
+    from megatron_video.vae import VAEConfig, VideoVAE, save_vae
+
+    ones = (1, 1, 1, 1)
+    config = VAEConfig(latent_channels=2, encoder_multipliers=ones, decoder_channels=32, decoder_multipliers=ones)
+    save_vae(VideoVAE(config), tmp_path / "vae")
+    with pytest.raises(UserError, match=r"latent_channels=2, the model of .* out_channels=4"):
+        main([*_command(models, tmp_path / "out"), "--vae", str(tmp_path / "vae")])
+    from training.build_text_encoders import main as build
+
+    build(["build", "--captions", str(models / "captions.txt"), "--out", str(tmp_path / "text"), "llm_hidden_size=32"])
+    with pytest.raises(UserError, match=r"width 32 .* caption_channels=\[64, 48\]"):
+        main([*_command(models, tmp_path / "out2"), "--text", str(tmp_path / "text")])
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    text = read_prompts(_write(tmp_path / "p.txt", "one\n\n two \n三\n"), seed=5)
+    assert [(p.text, p.seed, p.noise_index) for p in text] == [("one", 5, 0), ("two", 5, 1), ("三", 5, 2)]
+    lines = '{"prompt": "a", "seed": 9, "category": "x"}\n{"prompt": ""}\n'
+    own, given = read_prompts(_write(tmp_path / "p.jsonl", lines), seed=5)
+    assert (own.seed, own.noise_index, own.tags) == (9, 0, {"category": "x"})
+    assert (given.seed, given.noise_index, given.text) == (5, 1, "")
+
+
+def test_a_seeded_prompt_has_the_same_noise_in_any_file(tmp_path: Path) -> None:
+    one = '{"prompt": "a", "seed": 9}\n'
+    alone = read_prompts(_write(tmp_path / "a.jsonl", one), seed=0)[0]
+    third = read_prompts(_write(tmp_path / "b.jsonl", '{"prompt": "x"}\n{"prompt": "y"}\n' + one), seed=1)
+    shape = LatentShape(3, 2, 4)
+    assert torch.equal(alone.noise(shape, 5), third[2].noise(shape, 5))
+    assert alone.noise(shape, 5).shape == (1, 3, 5, 2, 4)
+    assert not torch.equal(third[0].noise(shape, 5), third[1].noise(shape, 5))
+
+
+BAD_LINES: dict[str, Callable[[], str]] = {
+    "holds no prompt": lambda: "\n",
+    "line 2 is not JSON": lambda: '{"prompt": "a"}\nprompt\n',
+    "line 1: expected": lambda: '{"caption": "a"}\n',
+    "seed='x' must be a whole number": lambda: '{"prompt": "a", "seed": "x"}\n',
+}
+
+
+@pytest.mark.parametrize("message", BAD_LINES)
+def test_bad_prompt_lines_are_refused_by_number(message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read_prompts(_write(tmp_path / "p.jsonl", BAD_LINES[message]()), seed=0)
+
+
+def test_pixels_are_rounded_and_clamped() -> None:
+    video = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 2, 3).expand(2, 3, 2, 3)
+    pixels = to_pixels(video)
+    assert pixels.shape == (2, 2, 3, 3)
+    assert pixels[0, :, :, 0].flatten().tolist() == [0, 0, 128, 255, 255, 255]
+
+
+def test_gif_keeps_every_frame() -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 16, 24, 3), dtype=np.uint8)
+    gif = Image.open(io.BytesIO(animated_gif(frames, 10)))
+    assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (5, (24, 16), 100, 0)

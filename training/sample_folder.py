@@ -1,0 +1,180 @@
+"""The folder of generated samples: what is done in it, under which settings, and what people look at."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from torch.utils.tensorboard import FileWriter
+
+from megatron_video.contact_sheet import write_contact_sheet
+from megatron_video.errors import UserError
+from megatron_video.video_io import read_frames, write_mp4
+from training.sample_prompts import Prompt
+
+Frames = npt.NDArray[np.uint8]
+
+SETTINGS_FILE, LISTING_FILE, SHEET_FILE = "settings.json", "samples.jsonl", "contact_sheet.png"
+# More would make a picture that no viewer opens.
+_MOST_ON_SHEET = 64
+_SHEET_COLUMNS = 3
+
+
+class SampleFolder:
+    """Samples of one list of prompts under one set of settings.
+
+    Args:
+        path: the folder.
+        settings: everything that a sample depends on beside its prompt.
+        prompts: all prompts; a list that continues the folder's own is allowed.
+        is_image: one frame a sample, kept as PNG instead of mp4.
+
+    Raises:
+        UserError: the folder holds samples of other settings or prompts, or something else.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], is_image: bool) -> None:
+        self.path, self.prompts = path, prompts
+        self._suffix = ".png" if is_image else ".mp4"
+        self._settings = settings
+        self._identities = [_identity(prompt) for prompt in prompts]
+        self._refuse_other_contents()
+
+    def claim(self, sources: dict[str, str]) -> None:
+        """Create the folder and write down the settings, and where the models were read from (which may change)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {"settings": self._settings, "sources": sources, "prompts": self._identities}
+        _write_text(self.path / SETTINGS_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    def file(self, prompt: Prompt) -> Path:
+        """Where the prompt's video (or image) is."""
+        return self.path / f"{prompt.index:05d}{self._suffix}"
+
+    def missing(self) -> list[int]:
+        """Indices of the prompts without a sample."""
+        return [prompt.index for prompt in self.prompts if not self.file(prompt).is_file()]
+
+    def write(self, prompt: Prompt, frames: Frames, fps: float) -> None:
+        """Write one sample, frames uint8 [T, H, W, 3]; the video comes last: its presence means done."""
+        sheet = self.path / f"{prompt.index:05d}_sheet.png"
+        write_contact_sheet([(prompt.text, frames)], sheet, columns=_SHEET_COLUMNS)
+        if self._suffix == ".png":
+            _write_image(self.file(prompt), frames[0])
+        else:
+            write_mp4(self.file(prompt), frames, fps)
+
+    def write_listing(self) -> None:
+        """samples.jsonl: one line for every sample that is there."""
+        lines = [
+            json.dumps(
+                {
+                    **prompt.tags,
+                    "index": prompt.index,
+                    "prompt": prompt.text,
+                    "seed": prompt.seed,
+                    "noise_index": prompt.noise_index,
+                    "file": self.file(prompt).name,
+                },
+                ensure_ascii=False,
+            )
+            for prompt in self.prompts
+            if self.file(prompt).is_file()
+        ]
+        _write_text(self.path / LISTING_FILE, "".join(f"{line}\n" for line in lines))
+
+    def write_sheet(self) -> None:
+        """One picture of all samples, of the first 64 if there are more."""
+        rows = [(prompt.text, read_frames(self.file(prompt))) for prompt in self.prompts[:_MOST_ON_SHEET]]
+        write_contact_sheet(rows, self.path / SHEET_FILE, columns=_SHEET_COLUMNS)
+
+    def _refuse_other_contents(self) -> None:
+        path = self.path / SETTINGS_FILE
+        if not path.is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(f"--out {self.path} exists and was not made by `megatron-video sample`; choose another")
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        self._refuse_other_settings(before["settings"])
+        self._refuse_other_prompts(before["prompts"])
+        # A shorter list keeps what is known of the longer one.
+        self._identities += before["prompts"][len(self._identities) :]
+
+    def _refuse_other_settings(self, before: dict[str, Any]) -> None:
+        different = [
+            f"{name}: {before.get(name)} there, {self._settings.get(name)} now"
+            for name in sorted({*before, *self._settings})
+            if before.get(name) != self._settings.get(name)
+        ]
+        if different:
+            raise UserError(
+                f"--out {self.path} holds samples of other settings ({'; '.join(different)}); "
+                "choose another folder, or give these values again"
+            )
+
+    def _refuse_other_prompts(self, before: list[dict[str, Any]]) -> None:
+        for index, (there, now) in enumerate(zip(before, self._identities, strict=False)):
+            if there != now:
+                raise UserError(
+                    f"--out {self.path} holds samples of other prompts (number {index}: {there} there, {now} now); "
+                    "choose another folder; prompts may only be added at the end"
+                )
+
+
+class SampleBoard:
+    """Samples as animated pictures in TensorBoard.
+
+    The format is a GIF inside an image summary, which is what `add_video` writes when moviepy is installed.
+
+    Args:
+        path: log folder.
+        suffix: of the event file, when several processes write.
+    """
+
+    def __init__(self, path: Path, suffix: str = "") -> None:
+        self._writer = FileWriter(str(path), filename_suffix=suffix)
+
+    def add(self, prompt: Prompt, frames: Frames, fps: float, step: int) -> None:
+        """Add frames uint8 [T, H, W, 3] under the prompt's number, at the training step of the weights."""
+        picture = Summary.Image(
+            height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=animated_gif(frames, fps)
+        )
+        metadata = SummaryMetadata(display_name=f"{prompt.index:05d}", summary_description=prompt.text)
+        value = Summary.Value(tag=f"samples/{prompt.index:05d}", image=picture, metadata=metadata)
+        self._writer.add_summary(Summary(value=[value]), global_step=step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the event file."""
+        self._writer.close()
+
+
+def animated_gif(frames: Frames, fps: float) -> bytes:
+    """Frames uint8 [T, H, W, 3] as an endlessly looping GIF."""
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    output = io.BytesIO()
+    first.save(output, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return output.getvalue()
+
+
+def _identity(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.text, "seed": prompt.seed, "noise_index": prompt.noise_index}
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _write_image(path: Path, pixels: Frames) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(pixels).save(temporary, "PNG")
+    os.replace(temporary, path)
