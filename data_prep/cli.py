@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int | None:
         return 0 if argv else 2
     if argv[0] not in STAGES:
         raise UserError(f"unknown stage {argv[0]!r} of `megatron-video data`; stages: {', '.join(STAGES)}")
+    # Imported only now: `--help` must not wait for torch and OpenCV.
     code: int | None = importlib.import_module(STAGES[argv[0]][0]).main(argv[1:])
     return code
 

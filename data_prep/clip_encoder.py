@@ -57,6 +57,7 @@ class ClipEncoder:
         return self.text.encode(list(captions))
 
     def _add_captions(self, known: dict[str, TextStates], captions: Sequence[str]) -> None:
+        # Each caption once, in the order of the rows: a set would make the batches vary from run to run.
         new = list(dict.fromkeys(caption for caption in captions if caption not in known))
         known.update(zip(new, self.text_states(new), strict=True) if new else ())
 
@@ -68,11 +69,13 @@ class ClipEncoder:
         bucket: Bucket,
     ) -> Iterator[tuple[Row, ShardSample | None]]:
         videos = [frames for frames in decoded if not isinstance(frames, VideoError)]
+        # Those that failed to decode take no part; the others stay in order.
         moments = iter(self._moments(videos) if videos else ())
         for row, frames in zip(rows, decoded, strict=True):
             if isinstance(frames, VideoError):
                 yield dropped(row, STAGE, f"unreadable: {frames}"), None
                 continue
+            # A latent that is not finite would poison every later step of training.
             latent = next(moments)
             if not torch.isfinite(latent).all():
                 yield dropped(row, STAGE, "not finite: the Video-VAE gave infinite or undefined values"), None
@@ -83,6 +86,7 @@ class ClipEncoder:
     @torch.inference_mode()
     def _moments(self, videos: Sequence[np.ndarray]) -> torch.Tensor:
         """uint8 [T, H, W, 3] each -> [B, t, 2z, h, w] on the CPU, as it will be stored."""
+        # To the device as bytes, a quarter of what floats would take.
         pixels = torch.from_numpy(np.stack(videos)).to(self.device).permute(0, 1, 4, 2, 3)
         return self.vae.encode_moments(pixels.float() / 127.5 - 1).to("cpu", torch.bfloat16)
 
@@ -99,6 +103,7 @@ def vae_fingerprint(path: Path) -> str:
     weights = [file for file in files if file.suffix == ".safetensors" and file.is_file()]
     if not weights:
         raise UserError(f"--vae {path}: no Video-VAE there (a folder with model.safetensors, or a .safetensors file)")
+    # The configuration first: the same weights under other sizes are another model.
     named = [file for file in files if file.name == "config.json"] + weights
     return "-".join(file_sha256(file)[:16] for file in named)
 
@@ -124,6 +129,7 @@ def _metadata(row: Row, bucket: Bucket, states: TextStates) -> dict[str, object]
         "caption": row["caption"],
         "language": row["language"],
         "bucket": bucket.name,
+        # The name only: a shard must not depend on where the raw files lay.
         "file_name": Path(row["source"]).name,
         "content_hash": row["content_hash"],
         "start_frame": start,

@@ -126,6 +126,7 @@ def make_demo_clips(out: Path, clips: int, seed: int, workers: int = 1) -> dict[
     plan = plan_clips(clips, seed)
     settings = {"clips": clips, "seed": seed}
     if not _already_made(out, settings):
+        # Beside the final place, so that one rename publishes everything.
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         for folder in {str(Path(clip.path).parent) for clip in plan}:
@@ -142,6 +143,7 @@ def make_demo_clips(out: Path, clips: int, seed: int, workers: int = 1) -> dict[
 def plan_clips(clips: int, seed: int) -> list[Clip]:
     """What is written, balanced over colour, direction and shape; a pure function of its arguments."""
     rng = np.random.default_rng([seed, 0x5EED])
+    # Every combination once before any comes again.
     combinations = list(itertools.product(COLOURS, DIRECTIONS, SHAPES))
     num_images, num_hard = clips // 6, max(2, clips // 100)
     num_videos = clips - num_images
@@ -163,6 +165,7 @@ def render(scene: Scene) -> np.ndarray:
     for t in range(scene.num_frames):
         centre_x = scene.centre[0] + t * scene.velocity[0]
         centre_y = scene.centre[1] + t * scene.velocity[1]
+        # A pixel whose centre lies on the edge is half covered.
         covered = np.clip(0.5 - _distance(scene.shape, x - centre_x, y - centre_y, scene.radius), 0, 1)[..., None]
         frames[t] = scene.background + covered * (colour - scene.background)
     return np.rint(frames).astype(np.uint8)
@@ -272,6 +275,7 @@ def _write_clip(root: str, clip: Clip) -> None:
 
 
 def _write_listing(root: Path, plan: list[Clip]) -> None:
+    # What is wrong with a clip is written nowhere: finding it is the stages' work.
     entries = [{"path": clip.path, "caption": clip.caption} for clip in plan if clip.sidecar is None]
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
     (root / "captions.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -53,7 +53,7 @@ class EncodeSettings:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__)
+    parser = stage_parser(STAGE, __doc__, output="SHARD_FOLDER")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the Video-VAE, or a released .safetensors")
     parser.add_argument("--text", type=Path, required=True, help="folder with the text encoders clip/ and step_llm/")
     parser.add_argument("--buckets", required=True, help="FRAMESxHEIGHTxWIDTH,...; such as 1x48x48,17x48x48,17x48x64")
@@ -104,6 +104,7 @@ def run(
     started = time.monotonic()
     table = read_manifest(manifest_in)
     plan, unplaced = plan_shards(kept_rows(table), settings.buckets, settings.samples_per_shard)
+    # Hashes of the weights: a retrained encoder under the old path must not continue the old shards.
     prints = {"vae": vae_fingerprint(vae), "text": text_fingerprint(*text_folders(text))}
     fingerprint = fingerprint_of(STAGE, asdict(settings) | prints, file_sha256(manifest_in))
     with _locked(shard_folder):
@@ -113,6 +114,7 @@ def run(
             encoder = ClipEncoder(vae, text, torch.device(device), DTYPES[settings.dtype])
             _encode_missing(plan, shard_folder, encoder, settings.batch_size, workers)
             write_manifest(_joined(table, plan, unplaced, shard_folder), shard_folder / MANIFEST_FILE)
+            # The very last step: until then the folder counts as unfinished.
             finish_dataset(shard_folder, _dataset_info(encoder, prints))
         result = read_manifest(shard_folder / MANIFEST_FILE)
         report = make_report(
@@ -128,6 +130,7 @@ def _encode_missing(
 ) -> None:
     (null,) = encoder.text_states([""])
     write_null_text(folder, null.llm, null.clip)
+    # What is missing is known before the models run, so the progress bar tells the truth.
     missing = [shard for shard in plan if not _rows_part(folder, shard).is_file()]
     with ThreadPoolExecutor(workers) as threads:
         rows = (row for shard in missing for row in _write_shard(shard, folder, encoder, batch_size, threads))
@@ -153,6 +156,7 @@ def _write_shard(
     rows = []
     with ShardWriter(folder, shard.name) as writer:
         for row, sample in encoder.encode_shard(shard, batch_size, threads):
+            # A failed clip is in the rows, and only there.
             if sample is not None:
                 writer.add(sample, shard.bucket)
                 row = {**row, "shard": shard.name}
@@ -168,6 +172,7 @@ def _rows_part(folder: Path, shard: PlannedShard) -> Path:
 
 def _joined(table: pa.Table, plan: Sequence[PlannedShard], unplaced: Sequence[Row], folder: Path) -> pa.Table:
     """The input's rows in their order, with what became of each."""
+    # Clip ids are unique among kept rows (the plan refuses others).
     done = {row["clip_id"]: row for shard in plan for row in read_manifest(_rows_part(folder, shard)).to_pylist()}
     done |= {row["clip_id"]: row for row in unplaced}
     return table_from_rows(row if row["dropped_by"] else done[row["clip_id"]] for row in table.to_pylist())
@@ -195,6 +200,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
             )
     elif any(folder.glob("*.tar")) or (folder / INFO_FILE).exists():
         raise UserError(f"--out {folder} holds files that this command did not write; name a new folder")
+    # Under the lock nobody else can be writing them.
     for leftover in (*folder.glob(".*.tmp"), *folder.glob(f"{PARTS_FOLDER}/.*.tmp")):
         leftover.unlink()
     mark.parent.mkdir(exist_ok=True)

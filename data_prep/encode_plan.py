@@ -37,6 +37,7 @@ def plan_shards(
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard} must be at least 1")
     _refuse_duplicates(rows)
+    # One bucket a shard: whoever reads a tar from end to end can batch as it comes.
     by_bucket: dict[Bucket, list[Row]] = {bucket: [] for bucket in sorted(buckets)}
     unplaced = []
     for row in rows:
@@ -62,6 +63,7 @@ def bucket_of(row: Row, buckets: Sequence[Bucket]) -> Bucket | None:
 
 def crop_of(row: Row) -> CropBox | None:
     """The box inside black borders; None if there are none, or the clip is not tagged."""
+    # Null where `tag` was not run: then nothing is known to cut off.
     if not row["border_share"]:
         return None
     return CropBox(row["crop_x"], row["crop_y"], row["crop_width"], row["crop_height"])

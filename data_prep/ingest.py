@@ -27,7 +27,7 @@ STAGE = "ingest"
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__)
+    parser = stage_parser(STAGE, __doc__, source="FOLDER_OR_LISTING")
     arguments = parser.parse_args(argv)
     print_report(run(arguments.source, arguments.out, arguments.workers), arguments.json)
     return 0
@@ -40,6 +40,7 @@ def run(source: Path, manifest_out: Path, workers: int = 1) -> StageReport:
         UserError: no media there, or a listing that is damaged or names missing files.
     """
     entries = find_entries(source)
+    # Names, captions, sizes and times stand for the contents: hashing everything just to find nothing new is slow.
     stats = [(entry, os.stat(entry.path).st_size, os.stat(entry.path).st_mtime_ns) for entry in entries]
     fingerprint = fingerprint_of(STAGE, {}, hashlib.sha256(repr(stats).encode()).hexdigest())
     return run_parts(STAGE, entries, manifest_out, _ingest_file, fingerprint, workers, _drop_copies)
@@ -56,6 +57,7 @@ def _ingest_file(entry: Entry) -> list[Row]:
         return [dropped(row, STAGE, f"unreadable: {error}")]
     except OSError as error:
         return [dropped(row, STAGE, f"unreadable: {entry.path}: {error.strerror}")]
+    # Last, so that a file with two faults is reported for the graver one.
     if not caption:
         return [dropped(row, STAGE, "no caption: neither a listing nor a sidecar .txt or .json has one")]
     return [row]
@@ -92,6 +94,7 @@ def _drop_copies(table: pa.Table) -> pa.Table:
     first: dict[str, str] = {}
     rows = []
     for row in table.to_pylist():
+        # Rows come sorted by path, so the same file is kept in every run.
         original = row["source"] if row["dropped_by"] else first.setdefault(row["content_hash"], row["source"])
         rows.append(row if original == row["source"] else dropped(row, STAGE, f"copy: same bytes as {original}"))
     return table_from_rows(rows)

@@ -65,10 +65,11 @@ def detect_language(text: str) -> str:
 
 
 def _entries_of_folder(folder: Path) -> list[Entry]:
-    # os.walk keeps going into links to folders off, and hidden files are not data.
+    # os.walk does not follow links to folders, and hidden files are not data.
     files = [Path(root) / name for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
     listed = [entry for path in sorted(files) if _is_listing(path) for entry in _entries_of_listing(path)]
     known = {entry.path for entry in listed}
+    # A listing wins over a sidecar: it was written on purpose for these files.
     media = [path.absolute() for path in files if path.suffix.lower() in MEDIA_SUFFIXES]
     entries = listed + [_entry_of_sidecar(path) for path in media if str(path) not in known]
     if not entries:
@@ -83,6 +84,7 @@ def _is_listing(path: Path) -> bool:
 def _entries_of_listing(listing: Path) -> list[Entry]:
     records = _read_records(listing)
     entries = [_entry_of_record(listing, number, record) for number, record in enumerate(records, start=1)]
+    # All at once: who has to mend a listing wants to know everything that is wrong with it.
     missing = [entry.path for entry in entries if not os.path.isfile(entry.path)]
     if missing:
         more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
@@ -129,6 +131,7 @@ def _read_records(listing: Path) -> list[Any]:
         if listing.suffix == ".parquet":
             records: list[Any] = pq.read_table(listing).to_pylist()
             return records
+        # Spreadsheets put a byte order mark in front.
         with open(listing, encoding="utf-8-sig", newline="") as file:
             if listing.suffix == ".csv":
                 return list(csv.DictReader(file))
@@ -147,6 +150,7 @@ def _json_line(listing: Path, number: int, line: str) -> Any:
 
 
 def _sorted_once(entries: Iterable[Entry]) -> list[Entry]:
+    # Sorted by path: the manifest must not depend on the order of a directory.
     by_path: dict[str, Entry] = {}
     for entry in entries:
         known = by_path.setdefault(entry.path, entry)

@@ -70,12 +70,14 @@ def find_cuts(path: str, width: int, height: int, fps: float) -> tuple[list[int]
     """
     # min_scene_len 1: a cut that is close to another must still end its clip; short clips are dropped afterwards.
     detector = AdaptiveDetector(min_scene_len=1)
+    # NTSC rates are fractions over 1001.
     rate = Fraction(fps).limit_denominator(1001)
     factor = min(1.0, _DETECTION_WIDTH / width)
     size = None if factor == 1 else (round(height * factor), round(width * factor))
     cuts: list[int] = []
     number = -1
     for number, frame in enumerate(iter_frames(path, size=size)):
+        # PySceneDetect works on OpenCV's colour order. A cut comes two frames late, but names its own frame.
         found = detector.process_frame(FrameTimecode(number, rate), np.ascontiguousarray(frame[..., ::-1]))
         cuts += [cut.frame_num for cut in found]
     return sorted(set(cuts) - {0}), number + 1
@@ -87,6 +89,7 @@ def _segment_row(row: Row, min_frames: int, drop_edge_frames: int) -> list[Row]:
     cuts, num_frames = find_cuts(row["source"], row["width"], row["height"], row["fps"])
     clips = []
     for start, end in pairwise([0, *cuts, num_frames]):
+        # A scene shorter than both edges becomes an empty span, not a negative one.
         clip = _span(row, start + drop_edge_frames, max(end - drop_edge_frames, start + drop_edge_frames))
         length = clip["end_frame"] - clip["start_frame"]
         reason = f"too short: {length} frames of {min_frames} between its ends (frames {start} to {end})"

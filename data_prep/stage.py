@@ -32,6 +32,7 @@ Item = TypeVar("Item")
 
 # Raised when what a stage computes changes, so that parts of an older program are not mixed in.
 STAGE_VERSION = 1
+# Small enough that a kill costs seconds, large enough that files are few.
 PART_ROWS = 256
 _FINGERPRINT_KEY = "megatron_video.stage_fingerprint"
 _EXAMPLES_SHOWN = 5
@@ -90,6 +91,7 @@ def run_parts(
     folder = _parts_folder(manifest_out, fingerprint)
     chunks = [items[start : start + PART_ROWS] for start in range(0, len(items), PART_ROWS)]
     missing = [number for number in range(len(chunks)) if not _part(folder, number).is_file()]
+    # One stream of work over all missing parts keeps the processes busy across their borders.
     todo = [item for number in missing for item in chunks[number]]
     results: Iterator[list[Row]] = progress(parallel_map(process, todo, workers), len(todo), stage)
     for number in missing:
@@ -99,6 +101,7 @@ def run_parts(
     next(results, None)
     table = pa.concat_tables([read_manifest(_part(folder, n)) for n in range(len(chunks))] or [table_from_rows([])])
     table = finish(table) if finish else table
+    # Only now that the result is there may the parts go.
     write_manifest(table, manifest_out, {_FINGERPRINT_KEY: fingerprint})
     shutil.rmtree(folder)
     return make_report(stage, table, manifest_out, len(items), started)
@@ -152,6 +155,7 @@ def make_report(
     details: Mapping[str, Any] | None = None,
 ) -> StageReport:
     """Count kept and dropped rows; reasons are grouped by what stands before their colon."""
+    # A row stays with the stage that dropped it, so earlier stages' losses are visible in every report.
     by = Counter(table["dropped_by"].to_pylist())
     mine = table.filter(pa.compute.equal(table["dropped_by"], stage)).to_pylist()
     return StageReport(
@@ -185,11 +189,13 @@ def print_report(report: StageReport, as_json: bool) -> None:
         print(f"    dropped: {example}")
 
 
-def stage_parser(stage: str, description: str | None, workers: bool = True) -> argparse.ArgumentParser:
+def stage_parser(
+    stage: str, description: str | None, source: str = "MANIFEST", output: str = "MANIFEST", workers: bool = True
+) -> argparse.ArgumentParser:
     """The arguments that all stages have: --in, --out, --json, and --workers where rows are mapped."""
     parser = argparse.ArgumentParser(prog=f"megatron-video data {stage}", description=description)
-    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="MANIFEST", help="what to read")
-    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write (Parquet)")
+    parser.add_argument("--in", dest="source", type=Path, required=True, metavar=source, help="what to read")
+    parser.add_argument("--out", type=Path, required=True, metavar=output, help="what to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     if workers:
         parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: all CPUs)")
@@ -197,6 +203,7 @@ def stage_parser(stage: str, description: str | None, workers: bool = True) -> a
 
 
 def _guarded(stage: str, process: Callable[[Row], list[Row]], row: Row) -> list[Row]:
+    # Dropped rows pass through untouched: the last manifest tells the fate of every clip.
     if row["dropped_by"]:
         return [row]
     try:

@@ -43,6 +43,7 @@ def run(manifest_in: Path, manifest_out: Path, workers: int = 1) -> StageReport:
 
 def sampled_frames(start: int, end: int, count: int = NUM_FRAMES) -> list[int]:
     """Up to `count` frame numbers, evenly from `start` to the last that has a successor before `end`."""
+    # Short clips give fewer frames, not the same one twice.
     last = max(end - 2, start)
     return sorted({round(number) for number in np.linspace(start, last, count)})
 
@@ -51,6 +52,7 @@ def crop_box(frames: np.ndarray) -> CropBox:
     """The part inside black borders, of uint8 [T, H, W, 3]; even numbers (4:2:0 video). All black: all of it."""
     grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
     height, width = grey.shape[1:]
+    # The brightest frame decides: a dark scene is no border, what never lights up is.
     top, bottom = _bright_range(np.percentile(grey, _BORDER_PERCENTILE, axis=2).max(axis=0))
     left, right = _bright_range(np.percentile(grey, _BORDER_PERCENTILE, axis=1).max(axis=0))
     # Inwards to even numbers: half a border pixel less is better than one more.
@@ -83,6 +85,7 @@ def motion(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _tag_row(row: Row) -> list[Row]:
+    # Each sampled frame with its successor, decoded in one pass.
     numbers = [0] if row["is_image"] else sampled_frames(row["start_frame"], row["end_frame"])
     wanted = sorted({*numbers, *(n + 1 for n in numbers if n + 1 < row["end_frame"])})
     frames = dict(zip(wanted, read_frames(row["source"], indices=wanted), strict=True))

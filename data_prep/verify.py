@@ -70,6 +70,7 @@ def run(folder: Path) -> VerifyReport:
     started = time.monotonic()
     dataset = ShardDataset(folder)
     info = dataset.dataset_info
+    # Cheap and telling ones first; every step runs, as one fault often explains another.
     steps = (_check_files(dataset), _check_samples(dataset), _check_manifest(dataset), _check_null_text(dataset))
     return VerifyReport(
         folder=str(folder),
@@ -105,6 +106,7 @@ def _check_tar(dataset: ShardDataset, shard: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: checksum differs: the file changed since it was written"
     rows = dataset.index.filter(pc.equal(dataset.index["shard"], shard["name"]))
     expected = _expected_members(rows)
+    # Walked by another reader than the one that trusts the index.
     try:
         with tarfile.open(path) as tar:
             found = {member.name: (member.offset_data, member.size) for member in tar}
@@ -162,6 +164,7 @@ def _check_manifest(dataset: ShardDataset) -> Iterator[str]:
         yield str(error)
         return
     kept = table.filter(table["dropped_by"].is_null())
+    # Key to (shard, bucket) on both sides.
     wanted = dict(zip(kept["clip_id"].to_pylist(), _pairs(kept), strict=True))
     found = dict(zip(dataset.index["key"].to_pylist(), _pairs(dataset.index), strict=True))
     for key in sorted(wanted.keys() ^ found.keys()):

@@ -36,11 +36,13 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], work
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")
+    # Several items a message where there are many, but every worker gets some.
     chunk = max(1, min(16, len(items) // (4 * workers)))
     with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_quiet_worker) as pool:
         try:
             yield from pool.map(function, items, chunksize=chunk)
         finally:
+            # On Ctrl-C what is queued is not worth waiting for.
             pool.shutdown(wait=False, cancel_futures=True)
 
 

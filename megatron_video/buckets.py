@@ -57,13 +57,16 @@ def choose_bucket(
 
     An image goes to a bucket of one frame only, a video never does. None if nothing fits.
     """
+    # A video of a few frames is no image: it would teach stills that are blurred by motion.
     fitting = [b for b in buckets if (b.frames == 1) == is_image and b.frames <= num_frames]
     if not fitting:
         return None
     most = max(bucket.frames for bucket in fitting)
+    # Logarithms: 2:1 is as far from square as 1:2.
     aspect = math.log(width / height)
 
     def distance(bucket: Bucket) -> tuple[float, int]:
+        # Rounded, so that equal aspect ratios compare equal and the area decides.
         return round(abs(math.log(bucket.width / bucket.height) - aspect), 9), -bucket.height * bucket.width
 
     return min((bucket for bucket in fitting if bucket.frames == most), key=distance)

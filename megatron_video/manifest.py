@@ -96,6 +96,7 @@ def write_manifest(table: pa.Table, path: str | Path, metadata: Mapping[str, str
     """
     _check_columns(path, table.schema)
     extra = {key.encode(): value.encode() for key, value in (metadata or {}).items()}
+    # The cast turns columns of nulls, which Arrow infers where nothing is filled yet, into the schema's types.
     table = table.cast(SCHEMA).replace_schema_metadata({**(SCHEMA.metadata or {}), **extra})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +115,7 @@ def table_from_rows(rows: Iterable[Row]) -> pa.Table:
         ValueError: a row has a field that is no column.
     """
     rows = list(rows)
+    # Arrow would leave unknown fields out without a word.
     unknown = {name for row in rows for name in row} - set(SCHEMA.names)
     if unknown:
         raise ValueError(f"no columns of the manifest: {sorted(unknown)}")
@@ -160,4 +162,5 @@ def _check_columns(path: str | Path, schema: pa.Schema) -> None:
 
 
 def _same_type(schema: pa.Schema, name: str) -> bool:
+    # A stage that fills nothing in a column may leave it untyped.
     return schema.field(name).type in (SCHEMA.field(name).type, pa.null())

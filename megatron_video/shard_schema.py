@@ -25,11 +25,13 @@ from safetensors.torch import save as dump_tensors
 from megatron_video.buckets import Bucket
 from megatron_video.errors import UserError
 
+# Raised when a reader of the old layout would misread the new one.
 SHARD_SCHEMA_VERSION = 1
 INDEX_FILE = "index.parquet"
 INFO_FILE = "dataset_info.json"
 NULL_TEXT_FILE = "null_text.safetensors"
 PARTS_FOLDER = "parts"
+# The order in the tar, and in the checksum.
 PAYLOADS = ("latent", "text", "json")
 MEMBER_SUFFIXES = {"latent": "latent.safetensors", "text": "text.safetensors", "json": "json"}
 
@@ -85,6 +87,7 @@ def check_fits(where: str, bucket: Bucket, moments: torch.Tensor, info: DatasetI
     Raises:
         UserError: names the sample, the bucket and both shapes.
     """
+    # Without the data set's info (in the writer) the number of channels is not known, only that there is one.
     shape = list(moments.shape)
     frames, height, width = bucket.latent_shape
     channels = 2 * info.latent_channels if info else (shape[1] if len(shape) == 4 else "2z")
@@ -100,6 +103,7 @@ def encode_sample(sample: ShardSample) -> dict[str, bytes]:
     return {
         "latent": dump_tensors({"moments": to_stored(sample.moments)}),
         "text": dump_tensors({"llm": to_stored(sample.llm), "clip": to_stored(sample.clip)}),
+        # Sorted, so that equal metadata gives equal bytes.
         "json": json.dumps({"key": sample.key, **sample.metadata}, ensure_ascii=False, sort_keys=True).encode(),
     }
 

@@ -114,6 +114,7 @@ class ShardWriter:
         header = tarfile.TarInfo(f"{key}.{MEMBER_SUFFIXES[payload]}")
         header.size, header.mode = len(content), 0o644
         self._tar.addfile(header, io.BytesIO(content))
+        # tarfile counts up to the end of the padded content; the content starts right behind its header.
         padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._tar.offset - padded
 
@@ -121,6 +122,7 @@ class ShardWriter:
         record = {"name": self.name, "bytes": self._temporary.stat().st_size, "samples": len(self._rows)}
         record["sha256"] = file_sha256(self._temporary)
         table = pa.Table.from_pylist(list(self._rows.values()), schema=INDEX_SCHEMA)
+        # First the tar, then its index: an index without its tar must never exist.
         os.replace(self._temporary, self.folder / self.name)
         _write_parquet(table.replace_schema_metadata({"shard": json.dumps(record)}), index_part(self.folder, self.name))
 
@@ -141,6 +143,7 @@ class ShardDataset:
         self.folder, self.verify = Path(folder), verify
         self.dataset_info = read_info(self.folder)
         self.index = read_index(self.folder)
+        # Plain arrays: an element of an Arrow column costs microseconds, an element of an array almost nothing.
         names = ["shard", "checksum", *(f"{p}_{what}" for p in PAYLOADS for what in ("offset", "size"))]
         self._columns = {name: self.index[name].to_numpy() for name in names}
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -174,6 +177,7 @@ class ShardDataset:
         return self._null_text
 
     def __getstate__(self) -> dict[str, Any]:
+        # Descriptors mean nothing in another process; they are opened again there.
         return {**self.__dict__, "_files": OrderedDict()}
 
     def __del__(self) -> None:
@@ -182,6 +186,7 @@ class ShardDataset:
 
     def _read(self, number: int, shard: str, payload: str, where: str) -> bytes:
         size, offset = int(self._columns[f"{payload}_size"][number]), int(self._columns[f"{payload}_offset"][number])
+        # pread has no file position, so threads and forked workers can share the descriptor.
         content = os.pread(self._descriptor(shard), size, offset)
         if len(content) != size:
             raise UserError(f"{where}: the file ends early; encode this shard again")
@@ -196,6 +201,7 @@ class ShardDataset:
         except OSError as error:
             raise UserError(f"{self.folder / shard}: cannot be opened: {error.strerror}") from None
         self._files[shard] = descriptor
+        # Thousands of shards would run into the limit of open files.
         if len(self._files) > _OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
@@ -211,6 +217,7 @@ def finish_dataset(folder: str | Path, info: DatasetInfo) -> DatasetInfo:
     parts = sorted((folder / PARTS_FOLDER).glob("*.index.parquet"))
     tables = [pq.read_table(part) for part in parts]
     index = pa.concat_tables([table.replace_schema_metadata() for table in tables] or [INDEX_SCHEMA.empty_table()])
+    # Within a shard the writer has seen to it; here are all of them.
     refuse_duplicates(index)
     _write_parquet(index, folder / INDEX_FILE)
     values = asdict(info) | {

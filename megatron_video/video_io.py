@@ -124,8 +124,8 @@ def read_frames(
     first = start_frame if wanted is None else wanted[0]
     keep = None if wanted is None else frozenset(wanted)
     frames = list(iter_frames(path, first, stop_frame, size=size, crop=crop, keep=keep))
-    if not frames:
-        raise VideoError(f"{path}: no frames from frame {first} on")
+    if not frames or (wanted is not None and len(frames) != len(wanted)):
+        raise VideoError(f"{path}: only {len(frames)} of the frames asked for, from frame {first} on, can be decoded")
     return np.stack(frames)
 
 
@@ -145,11 +145,13 @@ def iter_frames(
     with _open(path) as (container, stream):
         graph: _Pictures | None = None
         decoded = _decode_image(path) if _is_image(container) else _decode(container, stream, path, start_frame)
-        expected = stop_frame if stop_frame is not None else stream.frames
+        # Where the header promises nothing, the packets say how many frames there must be.
+        expected = stop_frame or stream.frames or len(_packet_times(str(path), _modified(path)))
         number = start_frame - 1
         for number, frame in decoded:
             if number < start_frame or (keep is not None and number not in keep):
                 continue
+            # Built from the first frame, as only frames know their rotation and colour matrix.
             graph = graph or _Pictures(frame, size, crop)
             yield graph.convert(frame)
             if number + 1 == stop_frame:
@@ -169,6 +171,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18, p
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise VideoError(f"{path}: H.264 needs even sizes, not height {height} x width {width}")
+    # In the same folder, so that the rename is atomic; the process id keeps two writers apart.
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         _encode_h264(temporary, frames, fps, {"crf": str(crf), "preset": preset})
@@ -260,8 +263,12 @@ def _probe_image(path: str | Path, stream: VideoStream) -> VideoInfo:
 
 
 def _load_image(path: str | Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    # Pillow, not libav: it turns pictures by their EXIF orientation, mirrored ones too.
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: cannot be read as an image: {error}") from None
 
 
 def _decode_image(path: str | Path) -> Iterator[tuple[int, VideoFrame]]:
@@ -276,6 +283,7 @@ def _modified(path: str | Path) -> int:
 def _packet_times(path: str, modified_ns: int) -> tuple[int | None, ...]:
     """Presentation times of all frames in ascending order: exact frame numbers, also for variable frame rates."""
     with _open(path) as (container, stream):
+        # The last packet is an empty flush; discarded ones lie outside the edit list and show no frame.
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         damaged = [number for number, packet in enumerate(packets) if packet.is_corrupt]
         if damaged:
@@ -291,6 +299,7 @@ def _decode(
     if start_frame >= _SEEK_FROM_FRAME:
         times = _packet_times(str(path), _modified(path))
         numbers = {pts: index for index, pts in enumerate(times) if pts is not None}
+        # Without distinct times (raw streams, some AVI) frames can only be counted from the start.
         if len(numbers) == len(times) > start_frame:
             container.seek(times[start_frame] or 0, stream=stream)
             for frame in container.decode(stream):
@@ -321,6 +330,7 @@ class _Pictures:
     def __init__(self, frame: VideoFrame, size: tuple[int, int] | None, crop: CropBox | None) -> None:
         rotation = int(frame.rotation) % 360
         width, height = (frame.height, frame.width) if rotation % 180 else (frame.width, frame.height)
+        # Other angles than quarter turns are not turned; no camera writes them.
         filters = [*_ROTATION_FILTERS.get(rotation, ())]
         if crop is not None:
             filters.append(("crop", f"{crop.width}:{crop.height}:{crop.x}:{crop.y}:exact=1"))
@@ -352,6 +362,7 @@ def _cover(width: int, height: int, size: tuple[int, int] | None) -> list[tuple[
         return [("scale", f"flags={_SCALER_FLAGS}")]
     target_height, target_width = size
     factor = max(target_height / height, target_width / width)
+    # Rounding must not leave the picture a pixel short of the target.
     scaled_width, scaled_height = max(target_width, round(width * factor)), max(target_height, round(height * factor))
     return [
         ("scale", f"{scaled_width}:{scaled_height}:flags={_SCALER_FLAGS}"),
