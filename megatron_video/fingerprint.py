@@ -18,9 +18,11 @@ def fingerprint_files(files: Iterable[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size
+        # The name and not the path: a folder that was moved is still the same model.
         digest.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as handle:
             digest.update(handle.read(_EDGE_BYTES))
+            # A safetensors file begins with its names and shapes and ends with its last tensor's values.
             handle.seek(max(size - _EDGE_BYTES, 0))
             digest.update(handle.read())
     return digest.hexdigest()

@@ -64,6 +64,7 @@ def interpolate(noise: Tensor, data: Tensor, time: Tensor) -> Tensor:
     Returns:
         [b, ...] fp32.
     """
+    # fp32 also for bf16 latents: near the ends of the path bf16 would round the small share away.
     t = time.float().view(-1, *[1] * (data.dim() - 1))
     return (1 - t) * noise.float() + t * data.float()
 
@@ -84,5 +85,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    # The difference, too, is taken in fp32: prediction and target nearly cancel late in training.
     total = (prediction.float() - target.float()).square().sum()
+    # int64, because elements of a global batch of long videos exceed int32, and fp32 would round them.
     return total, torch.full((), prediction.numel(), dtype=torch.int64, device=prediction.device)

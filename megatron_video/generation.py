@@ -25,6 +25,7 @@ def velocity_function(
         negative: text states that guidance moves away from; the empty caption is the null text.
         fps: frames per second, for a model that was trained with that condition.
     """
+    # Collated once for all steps; `sample_latents` says by the number of rows whether the negative half is wanted.
     rows = [*prompts, *[negative] * len(prompts)]
     text = collate_text([states.llm for states in rows], [states.clip for states in rows])
     has_clip = model.dit_config.clip_channels is not None

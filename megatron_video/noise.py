@@ -30,6 +30,7 @@ class NoiseSource:
     """
 
     def __init__(self, seed: int, stage: str) -> None:
+        # operator.index takes numpy's integers and refuses 1.0, which would print, and so key, differently.
         self.seed = operator.index(seed)
         self.stage = stage
 
@@ -66,8 +67,10 @@ class NoiseSource:
         # JSON keeps the fields apart whatever characters the stage's name has.
         identity = json.dumps([_SCHEME, self.seed, self.stage, purpose, epoch, sample])
         key = hashlib.blake2b(identity.encode(), digest_size=16).digest()
+        # Philox is counter-based: any 128-bit key starts an independent stream, without a state to keep.
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
     def _normal(self, purpose: str, epoch: int, sample: int, shape: Sequence[int]) -> torch.Tensor:
+        # numpy and not torch: torch's CPU and CUDA generators give different values for one seed.
         values = self.generator(purpose, epoch, sample).standard_normal(tuple(shape), dtype=np.float32)
         return torch.from_numpy(values)

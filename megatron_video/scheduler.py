@@ -29,6 +29,7 @@ def sigmas(num_steps: int, time_shift: float, reverse: bool = False) -> Tensor:
         raise UserError(f"steps={num_steps}: at least 1 is needed")
     if not (math.isfinite(time_shift) and time_shift > 0):
         raise UserError(f"time shift={time_shift} must be a number above 0; 1 means equidistant steps")
+    # fp64 until the end: with a large shift the first times lie close together.
     times = [shift_time(step / num_steps, time_shift) for step in range(num_steps + 1)]
     values = torch.tensor(times, dtype=torch.float64)
     return (1 - values if reverse else values).float()

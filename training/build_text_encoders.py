@@ -99,6 +99,7 @@ def read_captions(path: Path) -> list[str]:
             texts = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--captions {path} is not readable as a text file: {error}") from None
+    # Sorted and distinct, so that the order of a manifest's rows does not make other tokenizers.
     captions = sorted({text.strip() for text in texts} - {""})
     if not captions:
         raise UserError(f"--captions {path} holds no caption")
@@ -113,6 +114,7 @@ def build(config: TextBuildConfig, captions: list[str], seed: int, out: Path, re
         _build_folders(config, captions, seed, temporary)
         (temporary / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
+        # Works on an absent or empty folder only, which `_already_built` has made sure of.
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -120,6 +122,7 @@ def build(config: TextBuildConfig, captions: list[str], seed: int, out: Path, re
 
 def describe(out: Path, captions: list[str]) -> dict[str, Any]:
     """What the built encoders are and how they see the captions; loading them is the check that they work."""
+    # Through the same door as every user of the folder.
     encoders = TextEncoders.load(out / "clip", out / "step_llm", "cpu", torch.float32)
     llm_tokens = [encoders.llm_tokenizer.tokenize(caption) for caption in captions]
     clip_tokens = [encoders.clip_tokenizer.tokenize(caption) for caption in captions]

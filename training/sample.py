@@ -92,6 +92,7 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
     from megatron_video.parallel import ParallelConfig
     from training.checkpoint import find_checkpoint, read_config, read_model_config
 
+    # In the order in which a user would mend them.
     checkpoint = find_checkpoint(arguments.checkpoint)
     uses_negative(arguments.guidance)
     for name in ("batch_size", "fps"):
@@ -119,6 +120,7 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
 def settings(job: Job) -> dict[str, Any]:
     """Everything that a sample depends on beside its prompt; batch size and ranks are not among it."""
     arguments = job.arguments
+    # What is not here may differ between runs into one folder.
     names = ("frames", "height", "width", "fps", "steps", "guidance", "time_shift", "negative_prompt")
     state_file, weight_files = job.checkpoint / "train_state.json", sorted(job.checkpoint.glob("*.distcp"))
     return {
@@ -138,6 +140,7 @@ def sample(job: Job, folder: SampleFolder) -> int:
     Returns:
         How many were made, over all ranks.
     """
+    # One rank looks: with shared file systems ranks may see different folders, and then wait for each other forever.
     missing = _decided_by_rank_0(folder.missing() if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
         folder.claim({name: str(getattr(job.arguments, name).resolve()) for name in ("checkpoint", "vae", "text")})
@@ -163,6 +166,7 @@ def _sample_share(job: Job, folder: SampleFolder, prompts: list[Prompt]) -> None
     board = SampleBoard(folder.path / "tensorboard", f".{dist.get_rank()}") if _is_writer() else None
     step = _trained_steps(job.checkpoint)
     for batch in _batches(prompts, job.arguments.batch_size):
+        # All ranks of the replica compute this together; noise is drawn on each, being a function of the prompt.
         latents = generate_latents(
             model,
             [states[prompt.index] for prompt in batch],
@@ -176,6 +180,7 @@ def _sample_share(job: Job, folder: SampleFolder, prompts: list[Prompt]) -> None
         if vae is None or board is None:
             continue
         for prompt, latent in zip(batch, latents, strict=True):
+            # One at a time: decoding needs far more memory than sampling.
             with torch.no_grad():
                 frames = to_pixels(vae.decode(latent[None])[0])
             folder.write(prompt, frames, job.arguments.fps)
@@ -211,6 +216,7 @@ def load_model(job: Job) -> VideoDiT:
     from training.checkpoint import load_model_weights
 
     dtype = _DTYPES[job.precision]
+    # One chunk: sampling uses no pipeline stages.
     (model,) = build_dit(job.model, job.parallel, dtype, device=job.device.device, init_seed=None)
     load_model_weights(job.checkpoint, [model])
     model.eval().requires_grad_(False)
@@ -291,6 +297,7 @@ def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
 def _share(missing: list[int], prompts: list[Prompt]) -> list[Prompt]:
     from megatron_video.parallel import data_parallel_rank, data_parallel_size
 
+    # Dealt out in turn, so that neighbours in the file finish at about the same time.
     return [prompts[index] for index in missing[data_parallel_rank() :: data_parallel_size()]]
 
 
@@ -304,6 +311,7 @@ def _from_writer(value: Any) -> Any:
     from megatron.core import parallel_state
 
     box = [value]
+    # Encoding on one rank is cheaper, and makes the states equal bit for bit.
     source = parallel_state.get_tensor_model_parallel_src_rank()
     dist.broadcast_object_list(box, src=source, group=parallel_state.get_tensor_model_parallel_group())
     return box[0]

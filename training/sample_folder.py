@@ -43,6 +43,7 @@ class SampleFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], is_image: bool) -> None:
         self.path, self.prompts = path, prompts
+        # One frame is no video: most players show nothing of it.
         self._suffix = ".png" if is_image else ".mp4"
         self._settings = settings
         self._identities = [_identity(prompt) for prompt in prompts]
@@ -65,6 +66,7 @@ class SampleFolder:
     def write(self, prompt: Prompt, frames: Frames, fps: float) -> None:
         """Write one sample, frames uint8 [T, H, W, 3]; the video comes last: its presence means done."""
         sheet = self.path / f"{prompt.index:05d}_sheet.png"
+        # First, middle and last frame.
         write_contact_sheet([(prompt.text, frames)], sheet, columns=_SHEET_COLUMNS)
         if self._suffix == ".png":
             _write_image(self.file(prompt), frames[0])
@@ -92,6 +94,7 @@ class SampleFolder:
 
     def write_sheet(self) -> None:
         """One picture of all samples, of the first 64 if there are more."""
+        # Read back from disk: earlier runs made some of them, and this is what a viewer sees.
         rows = [(prompt.text, read_frames(self.file(prompt))) for prompt in self.prompts[:_MOST_ON_SHEET]]
         write_contact_sheet(rows, self.path / SHEET_FILE, columns=_SHEET_COLUMNS)
 
@@ -120,6 +123,7 @@ class SampleFolder:
             )
 
     def _refuse_other_prompts(self, before: list[dict[str, Any]]) -> None:
+        # Only the common part is compared: a longer list adds samples, a shorter one keeps what is there.
         for index, (there, now) in enumerate(zip(before, self._identities, strict=False)):
             if there != now:
                 raise UserError(
@@ -149,6 +153,7 @@ class SampleBoard:
         metadata = SummaryMetadata(display_name=f"{prompt.index:05d}", summary_description=prompt.text)
         value = Summary.Value(tag=f"samples/{prompt.index:05d}", image=picture, metadata=metadata)
         self._writer.add_summary(Summary(value=[value]), global_step=step)
+        # Visible at once: sampling large videos takes minutes each.
         self._writer.flush()
 
     def close(self) -> None:

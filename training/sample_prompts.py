@@ -48,6 +48,7 @@ def read_prompts(path: Path, seed: int, limit: int | None = None) -> list[Prompt
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} is not readable as a text file: {error}") from None
+    # Line numbers for errors, before empty lines go.
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"--prompts {path} holds no prompt")
@@ -64,6 +65,7 @@ def _parse(index: int, line: str, seed: int, where: str) -> Prompt:
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError(f'{where}: expected {{"prompt": "...", "seed": ...}}, found {line[:80]}')
     own_seed = values.get("seed")
+    # true is an int to Python, and a mistake here.
     if own_seed is not None and (isinstance(own_seed, bool) or not isinstance(own_seed, int)):
         raise UserError(f"{where}: seed={own_seed!r} must be a whole number")
     tags = {key: value for key, value in values.items() if key not in _OWN_FIELDS}

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import sentencepiece
 import torch
 from safetensors.torch import save_file
-from tokenizers.trainers import WordPieceTrainer
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from megatron_video.errors import UserError
@@ -30,7 +31,7 @@ from megatron_video.text.tokenizers import (
     CLIP_VOCABULARY_FILE,
     EOS_ID,
     STEP_TOKENIZER_FILE,
-    build_wordpiece,
+    bert_normalizer,
 )
 
 # Standard deviation of what all layers together add to a state of standard deviation 1.
@@ -111,6 +112,7 @@ def train_sentencepiece(captions: Sequence[str], vocabulary_size: int) -> bytes:
     Raises:
         UserError: `vocabulary_size` does not hold the bytes and the captions' characters.
     """
+    # unknown, BOS, EOS, the bytes, every character, and the word-start mark.
     needed = EOS_ID + 1 + _BYTE_PIECES + len(set("".join(captions))) + 1
     if vocabulary_size < needed:
         raise UserError(
@@ -122,6 +124,7 @@ def train_sentencepiece(captions: Sequence[str], vocabulary_size: int) -> bytes:
         model_writer=output,
         model_type="bpe",
         vocab_size=vocabulary_size,
+        # Few captions have fewer pieces than asked for, which is no error.
         hard_vocab_limit=False,
         byte_fallback=True,
         character_coverage=1.0,
@@ -131,6 +134,7 @@ def train_sentencepiece(captions: Sequence[str], vocabulary_size: int) -> bytes:
         eos_id=EOS_ID,
         pad_id=-1,
         max_sentence_length=4 * max(map(len, captions)) * 4 + 1,
+        # The order of equal counts must not depend on threads.
         num_threads=1,
         minloglevel=2,
     )
@@ -138,29 +142,32 @@ def train_sentencepiece(captions: Sequence[str], vocabulary_size: int) -> bytes:
 
 
 def train_wordpiece(captions: Sequence[str], vocabulary_size: int) -> list[str]:
-    """WordPiece tokens of the captions, the special ones first; Latin letters and digits are always spelled out.
+    """WordPiece tokens: special ones, all characters, then the captions' words from the most frequent on.
+
+    A word that finds no room, or comes later, is spelled in characters; Latin letters and digits are always there.
 
     Raises:
         UserError: `vocabulary_size` does not hold the characters.
     """
-    tokenizer = build_wordpiece({token: index for index, token in enumerate(CLIP_SPECIAL_TOKENS)}, {})
-    trainer = WordPieceTrainer(
-        vocab_size=vocabulary_size - len(_BASIC_CHARACTERS),
-        special_tokens=list(CLIP_SPECIAL_TOKENS),
-        initial_alphabet=list(_BASIC_CHARACTERS),
-        continuing_subword_prefix=_WORD_PIECE_PREFIX,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    learned = set(tokenizer.get_vocab()) - set(CLIP_SPECIAL_TOKENS)
-    learned |= {_WORD_PIECE_PREFIX + character for character in _BASIC_CHARACTERS}
-    needed = len(learned) + len(CLIP_SPECIAL_TOKENS)
-    if needed > vocabulary_size:
+    words = _words(captions)
+    characters = set(_BASIC_CHARACTERS).union(*words)
+    continued = set(_BASIC_CHARACTERS).union(*(word[1:] for word in words))
+    spelling = [*CLIP_SPECIAL_TOKENS, *sorted(characters), *(_WORD_PIECE_PREFIX + c for c in sorted(continued))]
+    if len(spelling) > vocabulary_size:
         raise UserError(
-            f"clip_vocabulary={vocabulary_size} is too small for these captions; it takes {needed} at least"
+            f"clip_vocabulary={vocabulary_size} is too small for these captions; their characters take {len(spelling)}"
         )
-    # Sorted, because the trainer's own order is not promised.
-    return [*CLIP_SPECIAL_TOKENS, *sorted(learned)]
+    # Not the trainer of the tokenizers library: it breaks ties at random, and the same captions must give the same
+    # tokens, or states in old shards would mean other words.
+    by_frequency = sorted(words.keys() - characters, key=lambda word: (-words[word], word))
+    return [*spelling, *by_frequency[: vocabulary_size - len(spelling)]]
+
+
+def _words(captions: Sequence[str]) -> Counter[str]:
+    # Normalised and split as when the tokenizer is used, so that the words counted are the words met.
+    normalizer, splitter = bert_normalizer({}), pre_tokenizers.BertPreTokenizer()
+    texts = (normalizer.normalize_str(caption) for caption in captions)
+    return Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
 
 
 @torch.no_grad()
@@ -191,6 +198,7 @@ def _draw(model: nn.Module, seed: int, stage: str, scales: dict[str, float]) -> 
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
+        # Inputs of every other matrix have variance 1, so 1 / fan_in keeps it.
         scale = next((value for part, value in scales.items() if part in name), 1.0)
         fan_in = 1 if "embeddings" in name else parameter.shape[1]
         parameter.copy_(source.noise(0, index, parameter.shape) * (scale / math.sqrt(fan_in)))

@@ -70,6 +70,7 @@ def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     In a file with the `bert.` prefix everything else belongs to other heads; in one without, only the names listed
     in this module are passed over, so that a foreign file is noticed.
     """
+    # The prefix is all or nothing: a file that has it keeps every encoder weight under it.
     if any(name.startswith(_PREFIX) for name in weights):
         weights = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
     return {name: value for name, value in weights.items() if not name.startswith(_IGNORED_PREFIXES)}
@@ -81,6 +82,7 @@ def load_clip(folder: Path, config: dict[str, Any], device: torch.device, dtype:
     Raises:
         UserError: weights that are missing, unknown, or of another shape, by name.
     """
+    # Without the pooler, whose output nobody reads; its weights are among the ignored names.
     with torch.device("meta"):
         model = build_clip(config, str(folder / "config.json"))
     weights = encoder_weights(dict(iterate_weights(weight_files(folder))))

@@ -29,6 +29,7 @@ def collate_text(llm_states: Sequence[Tensor], clip_states: Sequence[Tensor]) ->
     if len({(s.shape[1], c.shape) for s, c in zip(llm_states, clip_states, strict=True)}) != 1:
         shapes = [(tuple(s.shape), tuple(c.shape)) for s, c in zip(llm_states, clip_states, strict=True)]
         raise ValueError(f"text states do not fit into one batch: {shapes}")
+    # Zeros, not repeats: the DiT's mask hides them, and zeros show in a debugger.
     padded = torch.nn.utils.rnn.pad_sequence(list(llm_states), batch_first=True)
     clip = torch.stack(list(clip_states))
     lengths = torch.tensor([clip.shape[1] + s.shape[0] for s in llm_states], dtype=torch.int64, device=clip.device)

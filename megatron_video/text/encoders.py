@@ -133,12 +133,14 @@ class TextEncoders:
 
     def _llm_states(self, tokens: list[Tokens]) -> list[Tensor]:
         rows = [t.ids for t in tokens]
+        # To the longest caption of the batch and not to max_length: causality makes padding harmless, and it costs.
         ids, _ = pad_tokens(rows, self.llm_tokenizer.pad_id, max(map(len, rows)))
         states = self.llm(ids.to(self.llm.tok_embeddings.word_embeddings.weight.device))
         # Copies, so that a kept state does not hold the padded batch.
         return [state[: len(row)].clone() for state, row in zip(states, rows, strict=True)]
 
     def _clip_states(self, tokens: list[Tokens]) -> list[Tensor]:
+        # CLIP is bidirectional and the DiT sees its pads, so every caption fills all slots.
         ids, mask = pad_tokens([t.ids for t in tokens], self.clip_tokenizer.pad_id, self.clip_tokenizer.max_length)
         device = self.clip.device
         return [state.clone() for state in clip_states(self.clip, ids.to(device), mask.to(device))]
@@ -171,6 +173,7 @@ def text_fingerprint(clip_folder: str | Path, llm_folder: str | Path) -> str:
 
 
 def _identifying_files(clip_folder: Path, llm_folder: Path) -> Iterator[Path]:
+    # The tokenizers belong to it: the same weights under another vocabulary mean another thing.
     model_folder, tokenizer_folder = _clip_folders(clip_folder)
     yield from (model_folder / "config.json", tokenizer_folder / CLIP_VOCABULARY_FILE, *weight_files(model_folder))
     yield from (llm_folder / "config.json", llm_folder / STEP_TOKENIZER_FILE, *weight_files(llm_folder))
@@ -198,6 +201,7 @@ def _load_llm_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     config_file = folder / "config.json"
     config = StepLLMConfig.from_json(read_json(config_file), str(config_file))
     tokenizer = StepTokenizer.load(folder / STEP_TOKENIZER_FILE, config.padded_vocab_size, config.caption_max_length)
+    # Built without memory; `load_into` then gives it one tensor at a time, on its device and in its dtype.
     with torch.device("meta"):
         model = StepLLM(config)
     load_into(model, iterate_weights(weight_files(folder)), folder, device, dtype)

@@ -95,6 +95,7 @@ class StepLLMConfig:
 
 def alibi_slopes(num_heads: int) -> Tensor:
     """[num_heads] fp32 slopes of the position bias: powers of two over n = 2^floor(log2 H) heads, the rest between."""
+    # As in ALiBi: a geometric series for the power of two below, and every second term of the next finer one.
     n = 2 ** int(math.log2(num_heads))
     exponents = [-8.0 * k / n for k in range(1, n + 1)]
     exponents += [-4.0 * (2 * k - 1) / n for k in range(1, num_heads - n + 1)]
@@ -104,6 +105,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 def position_bias(num_heads: int, length: int) -> Tensor:
     """[1, num_heads, length, length] fp32 added to the scores: -slope * sqrt(i - j) for keys j <= i, else -inf."""
     position = torch.arange(length, dtype=torch.float32)
+    # Rows are queries i, columns keys j.
     distance = position[:, None] - position[None, :]
     bias = -alibi_slopes(num_heads).view(-1, 1, 1) * distance.clamp(min=0).sqrt()
     return bias.masked_fill(distance < 0, float("-inf"))[None]
@@ -141,11 +143,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [b, n, hidden], bias [1, heads, n, n] in x's dtype -> [b, n, hidden]."""
         batch, length, width = x.shape
+        # All query rows first, then keys and values in turn: unlike Megatron's own interleaved layout.
         query, key_value = self.wqkv(x).split([width, 2 * self.groups * self.head_dim], dim=-1)
         query = query.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         key_value = key_value.view(batch, length, self.groups, 2, self.head_dim)
         # [b, n, G, 2, d] -> two of [b, H, n, d]; head h reads group h // (H / G).
         repeated = key_value.repeat_interleave(self.heads // self.groups, dim=2).permute(3, 0, 2, 1, 4)
+        # The scale is the default, head_dim ** -0.5, and comes before the bias.
         attended = F.scaled_dot_product_attention(query, repeated[0], repeated[1], attn_mask=bias)
         out: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, width))
         return out
@@ -161,6 +165,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
+        # SiLU acts on the first half, which not all SwiGLU checkpoints agree on.
         activated, gate = self.w1(x).chunk(2, dim=-1)
         out: Tensor = self.w2(F.silu(activated) * gate)
         return out

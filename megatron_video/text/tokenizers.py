@@ -73,12 +73,14 @@ class StepTokenizer:
                 "it belongs to another model"
             )
         if pieces <= EOS_ID or not (processor.is_control(BOS_ID) and processor.is_control(EOS_ID)):
+            # The ids are fixed in the released code, whatever the model file calls them.
             found = [processor.id_to_piece(i) for i in (BOS_ID, EOS_ID) if i < pieces]
             raise UserError(f"{path}: ids 1 and 2 must be the control symbols BOS and EOS; found {found}")
         return cls(processor, max_length)
 
     def tokenize(self, caption: str) -> Tokens:
         """[BOS] + pieces + [EOS]; of a long caption the last pieces go, never EOS."""
+        # Control symbols spelled out in a caption ("<s>") are ordinary text to sentencepiece.
         pieces: list[int] = self.processor.encode(caption)
         return Tokens([BOS_ID, *pieces[: self.max_length - 2], EOS_ID], len(pieces) + 2)
 
@@ -107,6 +109,7 @@ class ClipTokenizer:
             raise UserError(
                 f"{path} is not a BERT vocabulary: {', '.join(absent)} missing among {len(vocabulary)} lines"
             )
+        # Fewer lines are as wrong as more: ids would name other words than in training.
         if len(vocabulary) != embedding_rows:
             raise UserError(
                 f"{path} has {len(vocabulary)} tokens, the embedding {embedding_rows} rows (vocab_size): "
@@ -130,6 +133,7 @@ def build_wordpiece(vocabulary: dict[str, int], options: dict[str, Any]) -> Toke
         options: `do_lower_case`, `strip_accents`, `tokenize_chinese_chars` as in tokenizer_config.json.
     """
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    # transformers' class is not used because its constructor changed between versions 4 and 5.
     tokenizer.normalizer = bert_normalizer(options)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # As there, a special token written out in a caption is that token.
@@ -165,6 +169,7 @@ def _read_vocabulary(path: Path) -> list[str]:
         raise UserError(f"{path} does not exist; the CLIP encoder needs its WordPiece vocabulary") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not a vocabulary of one token a line: {error}") from None
+    # The newline at the end of the file ends a token; it does not begin an empty one.
     if lines[-1] == "":
         lines.pop()
     return [line.removesuffix("\r") for line in lines]

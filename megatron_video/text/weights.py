@@ -41,6 +41,7 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: there are none, or the index names a file that is not there.
     """
     index = folder / "model.safetensors.index.json"
+    # The index decides, so that files of another model in the folder are not taken for parts of this one.
     if index.is_file():
         files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
         absent = [file.name for file in files if not file.is_file()]
@@ -74,6 +75,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
+    # weights_only: a pickle from elsewhere must not run code.
     values = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(values, dict):
         raise UserError(f"{file} holds a {type(values).__name__}, not a mapping of names to tensors")
@@ -94,9 +96,11 @@ def load_into(
         if name not in expected:
             unexpected.append(name)
             continue
+        # What is left in `expected` at the end is missing.
         shape = expected.pop(name)
         if shape != tuple(tensor.shape):
             raise UserError(f"{origin}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
+        # assign, because a meta tensor has no memory to copy into.
         model.load_state_dict({name: tensor.to(device=device, dtype=dtype)}, strict=False, assign=True)
     problems = [f"lacks {_listed(list(expected))}"] if expected else []
     problems += [f"has unknown {_listed(unexpected)}"] if unexpected else []

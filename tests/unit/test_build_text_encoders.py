@@ -11,6 +11,7 @@ import pytest
 
 from megatron_video.errors import UserError
 from megatron_video.manifest import table_from_rows, write_manifest
+from megatron_video.text.build import train_wordpiece
 from training.build_text_encoders import main, read_captions
 
 CAPTIONS = ["a red circle moves left", "蓝色方块向上移动", "a blue square moves up"]
@@ -44,6 +45,17 @@ def test_same_bytes_for_a_seed_in_another_process_and_other_weights_for_another(
         "step_llm/model.safetensors",
         "build.json",
     }
+
+
+def test_wordpiece_has_all_characters_then_words_by_frequency() -> None:
+    captions = ["red Red blue", "red, green zebra", "蓝色red"]
+    tokens = train_wordpiece(captions, 200)
+    assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert tokens[-4:] == ["red", "blue", "green", "zebra"]
+    assert {"蓝", "色", ",", "z", "##z", "##9"} <= set(tokens)
+    assert len(tokens) == len(set(tokens))
+    # Without room for all words the rarest go first; equal ones go by the alphabet.
+    assert train_wordpiece(captions, len(tokens) - 1) == tokens[:-1]
 
 
 def test_second_run_changes_nothing_and_other_settings_are_refused(
