@@ -57,7 +57,10 @@ def write_contact_sheet(
     factor = scale or max(1, round(TARGET_FRAME_HEIGHT / min(frames.shape[1] for _, frames in rows)))
     strips = [_film_strip(frames, columns, factor) for _, frames in rows]
     width = max(strip.shape[1] for strip in strips)
-    entries = [_entry(caption, strip, width) for (caption, _), strip in zip(rows, strips, strict=True)]
+    captions = [_wrap(caption, width) for caption, _ in rows]
+    # Every entry has room for the longest caption, so that the grid stays aligned.
+    text_height = LINE_HEIGHT * max(map(len, captions))
+    entries = [_entry(lines, strip, width, text_height) for lines, strip in zip(captions, strips, strict=True)]
     _write_png(_grid(entries), path)
     return path
 
@@ -76,16 +79,14 @@ def _film_strip(frames: Image, columns: int, factor: float) -> Image:
     return np.concatenate(spaced, axis=1)[:, :-GAP]
 
 
-def _entry(caption: str, strip: Image, width: int) -> Image:
-    lines = _wrap(caption, width)
-    # Every entry has room for the most lines, so that the grid stays aligned.
-    canvas = np.full((MAX_CAPTION_LINES * LINE_HEIGHT + strip.shape[0], width, 3), BACKGROUND, np.uint8)
+def _entry(lines: Sequence[str], strip: Image, width: int, text_height: int) -> Image:
+    canvas = np.full((text_height + strip.shape[0], width, 3), BACKGROUND, np.uint8)
     font = cv2.FontFace("sans")
-    top = (MAX_CAPTION_LINES - len(lines)) * LINE_HEIGHT
+    top = text_height - len(lines) * LINE_HEIGHT
     for number, line in enumerate(lines):
         baseline = (0, top + number * LINE_HEIGHT + FONT_SIZE)
         _, canvas = cv2.putText(canvas, line, baseline, TEXT_COLOUR, font, FONT_SIZE)
-    canvas[-strip.shape[0] :, : strip.shape[1]] = strip
+    canvas[text_height : text_height + strip.shape[0], : strip.shape[1]] = strip
     return canvas
 
 
