@@ -16,6 +16,8 @@ from types import FrameType
 import psutil
 
 POLL_SECONDS = 0.1
+# Time that a command has to save when the demo is interrupted.
+GRACE_SECONDS = 30.0
 
 
 def run_streamed(
@@ -57,13 +59,22 @@ def run_streamed(
             return process.wait()
 
 
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for a child process and all its descendants, and wait until they are gone."""
+def kill_tree(process: subprocess.Popen[str], grace_seconds: float = 0.0) -> None:
+    """End a child process and all its descendants, and wait until they are gone.
+
+    Args:
+        process: the child.
+        grace_seconds: if not 0, SIGTERM comes first, and SIGKILL for what is left after so long.
+    """
     try:
         # torchrun starts each rank in a session of its own, so a signal to the process group would miss them.
         descendants = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return
+    if grace_seconds:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_seconds)
     # The parent goes first: it must not see its children die and end in good order.
     process.kill()
     for descendant in descendants:
@@ -75,13 +86,13 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def _ended_with_us(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever ends this process (an error, Ctrl-C, SIGTERM) ends the child's tree too."""
+    """Whatever ends this process (an error, Ctrl-C, SIGTERM) ends the child's tree too, which may save first."""
     with _sigterm_raises():
         try:
             yield
         finally:
             if process.poll() is None:
-                kill_tree(process)
+                kill_tree(process, GRACE_SECONDS)
 
 
 @contextlib.contextmanager

@@ -102,6 +102,21 @@ class Layout:
         return self.out / "prompts.jsonl"
 
     @property
+    def vae(self) -> Path:
+        """Trained Video-VAE."""
+        return self.out / "vae"
+
+    @property
+    def text(self) -> Path:
+        """Text encoders."""
+        return self.out / "text"
+
+    @property
+    def shards(self) -> Path:
+        """Encoded samples."""
+        return self.out / "shards"
+
+    @property
     def run(self) -> Path:
         """Pretraining run."""
         return self.out / "pretrain"
@@ -190,7 +205,7 @@ def _data_steps(config: DemoConfig, at: Layout) -> list[Step]:
 
 
 def _encoder_steps(config: DemoConfig, at: Layout) -> list[Step]:
-    manifest, vae, text, shards = at.manifest("filter"), at.out / "vae", at.out / "text", at.out / "shards"
+    manifest, vae, text, shards = at.manifest("filter"), at.vae, at.text, at.shards
     build = ["text", "build", "--captions", manifest, "--out", text, "--seed", config.seed, *config.text]
     settings = [f"manifest={manifest}", f"output={vae}", f"seed={config.seed}", *config.vae]
     encode = ["encode", "--in", manifest, "--vae", vae, "--text", text, "--out", shards, "--buckets"]
@@ -219,7 +234,7 @@ def _pretrain_overrides(config: DemoConfig, at: Layout) -> list[str]:
     return [
         f"run.output_dir={at.run}",
         f"run.seed={config.seed}",
-        f"data.shards=[{at.out / 'shards'}]",
+        f"data.shards=[{at.shards}]",
         f"parallel.tensor_model_parallel_size={config.ranks}",
         f"parallel.sequence_parallel={str(config.ranks > 1).lower()}",
         # Sampling an untrained model needs the weights before the first step.
@@ -247,7 +262,7 @@ def _sample(config: DemoConfig, name: str, checkpoint: Path, at: Layout) -> Step
     frames, height, width = config.buckets[0].split("x")
     size = ["--frames", frames, "--height", height, "--width", width, "--fps", FPS]
     method = ["--steps", config.sampling_steps, "--guidance", config.guidance, "--time-shift", config.time_shift]
-    encoders = ["--vae", at.out / "vae", "--text", at.out / "text", "--prompts", at.prompts]
+    encoders = ["--vae", at.vae, "--text", at.text, "--prompts", at.prompts]
     options = ["--checkpoint", checkpoint, *encoders, "--out", at.samples(name), *size, *method]
     # Every rank holds the whole small model here, and the ranks share the prompts.
     launch = ("--standalone", "--nproc-per-node", config.ranks, "-m", "training.sample")

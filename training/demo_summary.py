@@ -40,12 +40,16 @@ def summarise(
         ],
         "total_seconds": round(sum(seconds.values()), 1),
         "raw": count_rows(at.manifest("filter")),
+        "vae": json.loads((at.vae / "report.json").read_text(encoding="utf-8")),
         "training": describe_training(lives, config, out),
         "resume_check": check_resume(lives, pretrain_config(config, out).training.steps),
         "conversion_check": json.loads(logs["compare"].read_text(encoding="utf-8").splitlines()[-1]),
         "accuracy": {name: _accuracy(at.measurement(name)) for name in ("real", "trained", "untrained")},
         "samples": len(at.prompts.read_text(encoding="utf-8").splitlines()),
-        "contact_sheets": {n: str(at.samples(n) / "contact_sheet.png") for n in ("trained", "untrained")},
+        "contact_sheets": {
+            **{name: str(at.samples(name) / "contact_sheet.png") for name in ("trained", "untrained")},
+            "vae": str(at.vae / "reconstructions.png"),
+        },
         "machine": describe_machine(),
         "versions": {"megatron-video": __version__, "python": platform.python_version(), **package_versions()},
         "git_revision": git_revision(),
@@ -183,6 +187,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"raw: {raw['files']} files, {raw['clips_kept']} clips kept, dropped: {dropped}",
         *(f"  {stage}: {example}" for stage, example in raw["dropped_examples"].items()),
+        f"VAE: PSNR {summary['vae']['psnr']:.1f} dB on held-out clips, decoded from draws of the posterior",
         f"loss: {training['loss_start']:.4f} -> {training['loss_end']:.4f} "
         f"(means of the first and last {training['loss_mean_over_steps']} of {training['steps']} steps)",
         f"resume: killed after step {resume['last_step_done_twice']}, {resume['steps_done_twice']} steps done twice, "
