@@ -20,20 +20,19 @@ from typing import Any
 import torch
 import yaml
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_video.config_io import build_config, config_to_dict, save_config
-from megatron_video.dit.config import DiTConfig
+from megatron_video.dit import DiTConfig, VideoDiT
 from megatron_video.errors import UserError
-from megatron_video.parallel import ParallelConfig
+from training.optimizer_state import count_updates, load_optimizer_state, sharded_optimizer_state
 
 STATE_FILE, CONFIG_FILE, LATEST_FILE = "train_state.json", "config.yaml", "latest"
 WRITING_SUFFIX = ".writing"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
-# Optimizer state in the parameters' own shapes, so that any TP, PP and DP can load it.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 _log = logging.getLogger(__name__)
 
 
@@ -94,9 +93,8 @@ def load_checkpoint(checkpoint: Path, model: list[DistributedDataParallel], opti
     """Load weights and optimizer of a checkpoint written in any layout, and return where it stood."""
     sharded = _sharded_state(model, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
-    for chunk, name in zip(model, _chunk_names(model), strict=True):
-        chunk.module.load_state_dict(loaded[name])
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_chunks([chunk.module for chunk in model], loaded)
+    load_optimizer_state(optimizer, loaded["optimizer"], loaded["optimizer updates"])
     return read_state(checkpoint)
 
 
@@ -108,11 +106,7 @@ def load_model_weights(checkpoint: Path, model_chunks: list[Any]) -> None:
     """
     chunks = [getattr(chunk, "module", chunk) for chunk in model_chunks]
     check_same_model(checkpoint, chunks[0].dit_config)
-    names = _chunk_names(chunks)
-    sharded = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
-    loaded = dist_checkpointing.load(sharded, str(checkpoint))
-    for chunk, name in zip(chunks, names, strict=True):
-        chunk.load_state_dict(loaded[name])
+    _load_chunks(chunks, dist_checkpointing.load(_sharded_chunks(chunks), str(checkpoint)))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -208,17 +202,6 @@ def check_same_data_plan(checkpoint: Path, plan: dict[str, Any]) -> None:
     _refuse_differences(checkpoint, "data plan", read_state(checkpoint).data_plan, plan)
 
 
-def check_same_optimizer_format(checkpoint: Path, parallel: ParallelConfig) -> None:
-    """Refuse optimizer state that was sharded over replicas for an optimizer that is not, and the other way round.
-
-    Raises:
-        UserError: naming the field and both values.
-    """
-    name = "use_distributed_optimizer"
-    stored, ours = read_config(checkpoint)["parallel"][name], parallel.use_distributed_optimizer
-    _refuse_differences(checkpoint, "optimizer", {f"parallel.{name}": stored}, {f"parallel.{name}": ours})
-
-
 def _refuse_differences(checkpoint: Path, what: str, stored: dict[str, Any], ours: dict[str, Any]) -> None:
     names = sorted({*stored, *ours})
     lines = [
@@ -238,15 +221,36 @@ def _chunk_names(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
 
 
+def _sharded_chunks(chunks: list[VideoDiT]) -> dict[str, Any]:
+    """The chunks' tensors and objects by the chunk's name; an object that two chunks of a rank share is listed once.
+
+    megatron-core reads one such object for a rank, however many places ask for it.
+    """
+    state: dict[str, Any] = {}
+    seen: set[str] = set()
+    for chunk, name in zip(chunks, _chunk_names(chunks), strict=True):
+        values = chunk.sharded_state_dict()
+        objects = {key: value.unique_key for key, value in values.items() if isinstance(value, ShardedObject)}
+        state[name] = {key: value for key, value in values.items() if objects.get(key) not in seen}
+        seen.update(objects.values())
+    return state
+
+
+def _load_chunks(chunks: list[VideoDiT], loaded: dict[str, Any]) -> None:
+    for chunk, name in zip(chunks, _chunk_names(chunks), strict=True):
+        missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
+        lost = [key for key in missing if not key.endswith("_extra_state")]
+        if lost or unexpected:
+            raise RuntimeError(f"{name}: not in the checkpoint: {lost}; only in the checkpoint: {unexpected}")
+
+
 def _sharded_state(
     model: list[DistributedDataParallel], optimizer: MegatronOptimizer, is_loading: bool
 ) -> dict[str, Any]:
-    chunks = [chunk.module for chunk in model]
-    names = _chunk_names(chunks)
-    state: dict[str, Any] = {n: chunk.sharded_state_dict() for n, chunk in zip(names, chunks, strict=True)}
-    # The optimizer's tensors take their names and cuts from the model's.
-    whole = state["model"] if len(chunks) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=is_loading, metadata=dict(_OPTIMIZER_FORMAT))
+    state = _sharded_chunks([chunk.module for chunk in model])
+    state["optimizer"] = sharded_optimizer_state(optimizer, dict(state), is_loading)
+    if not is_loading:
+        state["optimizer updates"] = count_updates(optimizer)
     return state
 
 

@@ -154,7 +154,6 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
     if found is not None:
         checkpoint.check_same_model(found, config.model)
         checkpoint.check_same_data_plan(found, identity)
-        checkpoint.check_same_optimizer_format(found, config.parallel)
     chunks = build_dit(
         config.model,
         config.parallel,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+import torch.distributed.checkpoint
 from tiny_shards import MODEL_OVERRIDES, write_tiny_shards
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_video.cli import run_command
+from training.checkpoint import step_folder
 from training.pretrain import main
 
 pytestmark = pytest.mark.distributed
@@ -168,12 +174,48 @@ def test_sigusr1_on_one_process_gives_the_requeue_code(folder: Path) -> None:
     assert process.returncode == 143, output
 
 
+def run_here(folder: Path, name: str, *overrides: str) -> dict[int, dict[int, dict[str, Any]]]:
+    arguments = command(folder, name, *overrides, ranks=1)
+    assert run_command(main, arguments[arguments.index("--config") :]) == 0
+    return metrics(folder / name)
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_the_first_checkpoint_changes_nothing_and_can_be_continued(folder: Path, sharded: str) -> None:
+    overrides = ["training.steps=5", "training.save_initial=true", f"parallel.use_distributed_optimizer={sharded}"]
+    name = f"initial_{sharded}"
+    plain = run_here(folder, f"plain_{sharded}", *overrides, "training.save_initial=false")[1]
+    assert_same(run_here(folder, name, *overrides)[1], plain)
+    shutil.rmtree(step_folder(folder / name, 5))
+    assert_same(run_here(folder, name, *overrides)[2], plain)
+
+
+def test_a_stage_starts_from_the_weights_of_another(folder: Path) -> None:
+    run_here(folder, "first_stage", "training.steps=2", "optimizer.warmup_steps=0")
+    start = ["training.steps=1", "optimizer.warmup_steps=0", "training.save_initial=true", "run.seed=8"]
+    run_here(folder, "second_stage", *start, f"run.initial_weights={folder / 'first_stage'}")
+    assert weights(step_folder(folder / "second_stage", 0)) == weights(step_folder(folder / "first_stage", 2))
+    assert weights(step_folder(folder / "second_stage", 0)) != weights(step_folder(folder / "second_stage", 1))
+
+
+def weights(checkpoint: Path) -> dict[str, list[float]]:
+    """The model's tensors, read without megatron-core."""
+    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size)
+        for name, entry in names.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
+    assert len(state) > 40
+    torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return {name: tensor.flatten().tolist() for name, tensor in state.items()}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.num_layers=3", "num_layers: 2 there, 3 here"),
         ("run.seed=4", "data plan"),
-        ("parallel.use_distributed_optimizer=true", "use_distributed_optimizer: False there, True here"),
         ("model.number_of_layers=3", "unknown field 'model.number_of_layers'"),
         ("data.shards=[/nowhere]", "/nowhere"),
         ("model.in_channels=6", "model.in_channels=6"),
