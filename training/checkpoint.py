@@ -30,6 +30,7 @@ from megatron_video.dit import DiTConfig, VideoDiT
 from megatron_video.errors import UserError
 from training.optimizer_state import count_updates, load_optimizer_state, sharded_optimizer_state
 
+# Written once here; find_fault and the readers below go by the same names.
 STATE_FILE, CONFIG_FILE, LATEST_FILE = "train_state.json", "config.yaml", "latest"
 WRITING_SUFFIX = ".writing"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
@@ -73,14 +74,17 @@ def save_checkpoint(
     target = step_folder(run_dir, state.step)
     writing = target.with_name(target.name + WRITING_SUFFIX)
     leads = torch.distributed.get_rank() == 0
+    # Left over from a save that was killed.
     if leads:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
+    # No rank may write before the folder is there.
     torch.distributed.barrier()
     _publish_pending_parameters(model)
     _collect_write_results_in_process()
     dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(writing))
     if leads:
+        # After all ranks have written: its presence in `files` and the rename make the folder a checkpoint.
         save_config(config, writing / CONFIG_FILE)
         _write_state(writing, state)
         _publish(writing, target)
@@ -91,6 +95,7 @@ def save_checkpoint(
 
 def load_checkpoint(checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> TrainState:
     """Load weights and optimizer of a checkpoint written in any layout, and return where it stood."""
+    # Describes what this rank needs; megatron-core reads just that, from whatever layout wrote it.
     sharded = _sharded_state(model, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
     _load_chunks([chunk.module for chunk in model], loaded)
@@ -104,6 +109,7 @@ def load_model_weights(checkpoint: Path, model_chunks: list[Any]) -> None:
     Raises:
         UserError: the checkpoint's model has other sizes.
     """
+    # Wrapped or bare: only VideoDiT itself knows its tensors.
     chunks = [getattr(chunk, "module", chunk) for chunk in model_chunks]
     check_same_model(checkpoint, chunks[0].dit_config)
     _load_chunks(chunks, dist_checkpointing.load(_sharded_chunks(chunks), str(checkpoint)))
@@ -119,6 +125,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a run folder or one of its checkpoints/step_... folders")
     if (path / STATE_FILE).exists() or path.name.startswith("step_"):
+        # A path that names one checkpoint is never replaced by another.
         fault = find_fault(path)
         if fault:
             raise UserError(f"{path} is not a complete checkpoint: {fault}")
@@ -132,6 +139,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def newest_checkpoint(checkpoints_dir: Path) -> Path | None:
     """The newest complete checkpoint of a folder, or None; every newer one that is not complete is reported."""
+    # Step numbers are zero-padded, so order by name is order by step.
     for folder in sorted(checkpoints_dir.glob("step_*"), reverse=True):
         fault = find_fault(folder)
         if fault is None:
@@ -149,6 +157,7 @@ def agree_on_newest(checkpoints_dir: Path) -> Path | None:
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None: a half-written name, files that lack or differ in size."""
+    # Cheap checks only, no bytes are read: this runs at every start on folders of many terabytes.
     if folder.name.endswith(WRITING_SUFFIX):
         return "its writing was interrupted; delete it"
     if not (folder / STATE_FILE).is_file():
@@ -190,6 +199,7 @@ def check_same_model(checkpoint: Path, model: DiTConfig) -> None:
     Raises:
         UserError: naming every field that differs, with both values.
     """
+    # Loading would fail too, but with tensor shapes instead of field names.
     _refuse_differences(checkpoint, "model", read_config(checkpoint)["model"], config_to_dict(model))
 
 
@@ -272,6 +282,7 @@ def _collect_write_results_in_process() -> None:
 
 
 def _write_state(folder: Path, state: TrainState) -> None:
+    # train_state.json is written last, so its own size is not in the list.
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     _write_durably(folder / STATE_FILE, json.dumps({**asdict(state), "files": sizes}, indent=1))
 
@@ -280,6 +291,7 @@ def _publish(writing: Path, target: Path) -> None:
     replaced = target.with_name(target.name + ".replaced")
     if target.exists():  # this step was saved before, by a life that ended before `latest` moved
         os.replace(target, replaced)
+    # From here on the checkpoint counts as complete, whether `latest` moves or not.
     os.replace(writing, target)
     shutil.rmtree(replaced, ignore_errors=True)
     latest = target.parent / LATEST_FILE
@@ -297,6 +309,7 @@ def _write_durably(path: Path, text: str) -> None:
 def _prune(checkpoints_dir: Path, keep: int) -> None:
     if keep == 0:
         return
+    # A name that is not exactly ours is not ours to delete.
     folders = [path for path in sorted(checkpoints_dir.iterdir()) if _STEP_FOLDER.fullmatch(path.name)]
     for folder in [path for path in folders if path.name != "step_00000000"][:-keep]:
         shutil.rmtree(folder)

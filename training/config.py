@@ -72,6 +72,7 @@ class DataConfig:
             raise ValueError(f"text_dropout={self.text_dropout} must be between 0 and 1")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must not be negative")
+        # A draw has one shape and is cut into whole micro-batches; the step is cut into whole draws.
         if self.samples_per_draw % self.micro_batch_size:
             raise ValueError(
                 f"draw_size={self.draw_size} must be a multiple of micro_batch_size={self.micro_batch_size}"
@@ -199,6 +200,7 @@ class PretrainConfig:
         Raises:
             ValueError: naming the fields, the values and the way out.
         """
+        # Relations inside one group are checked there; here are those between groups.
         heads, tensor = self.model.num_attention_heads, self.parallel.tensor_model_parallel_size
         if heads % tensor:
             allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -226,6 +228,7 @@ class PretrainConfig:
         Raises:
             UserError: the ranks do not hold whole replicas, or the global batch cannot be shared among them.
         """
+        # Here and not in __post_init__: the number of ranks is known at the start of a job only.
         model_parallel = self.parallel.model_parallel_size
         if world_size % model_parallel:
             near = _near_multiples(world_size, model_parallel)
@@ -234,6 +237,7 @@ class PretrainConfig:
             )
         replicas = world_size // model_parallel
         if self.data.micro_batches_per_step % replicas:
+            # Every replica gets the same number of micro-batches, or the others wait in the gradient reduction.
             one_round = self.data.micro_batch_size * replicas
             raise UserError(
                 f"data.global_batch_size={self.data.global_batch_size} must be a multiple of data.micro_batch_size="

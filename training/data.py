@@ -54,6 +54,7 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU overlap with computation."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    # Optional tensors stay None.
     def _map(self, function: Any) -> Batch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
@@ -76,16 +77,20 @@ class BatchBuilder:
         Raises:
             UserError: a sample is damaged, or its latent does not fit its bucket.
         """
+        # Row r of every tensor below belongs to sample r of the plan.
         drawn = zip(planned.samples, planned.epochs, strict=True)
         rows = [self._row(int(sample), int(epoch)) for sample, epoch in drawn]
         samples = [row.sample for row in rows]
         time = torch.tensor([row.time for row in rows], dtype=torch.float32)
         data, noise = torch.stack([row.data for row in rows]), torch.stack([row.noise for row in rows])
+        # Stored without padding; a batch is padded only as far as its own longest caption, which costs the least.
         llm_states = torch.nn.utils.rnn.pad_sequence([row.llm for row in rows], batch_first=True)
         with_clip, with_fps = self.model.clip_channels is not None, self.model.use_additional_conditions
         clip_states = torch.stack([row.clip for row in rows]).to(self.text_dtype) if with_clip else None
+        # CLIP slots come first and count in full, their padding included, as in the released pipeline.
         slots = clip_states.shape[1] if clip_states is not None else 0
         return Batch(
+            # Everything about time and target is fp32 here; only the model casts down.
             latents=interpolate(noise, data, time),
             timestep=time,
             llm_states=llm_states.to(self.text_dtype),
@@ -97,9 +102,11 @@ class BatchBuilder:
 
     def _row(self, sample: int, epoch: int) -> _Row:
         stored = self.data[sample]
+        # The VAE stores the posterior, not a draw from it: every epoch sees another draw.
         moments = stored.moments.float()
         shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
         llm, clip = stored.llm, stored.clip
+        # The encoded empty caption, not zeros: sampling guides against the same states.
         if self.noise.drop_text(epoch, sample, self.text_dropout):
             llm, clip = self.data.null_text
         return _Row(
@@ -145,8 +152,10 @@ class StepBatches(Dataset[StepData]):
         self._tokens = builder.data.tokens(builder.model)
 
     def __getitem__(self, step: int) -> StepData:
+        # All replicas plan the whole step; the sizes of the global batch then need no communication.
         planned, data, model = self.plan.step(step), self.builder.data, self.builder.model
         return StepData(
+            # Dealt in turn: with draws of several micro-batches the replicas work on one shape at a time.
             batches=[self.builder.build(batch) for batch in planned[self.rank :: self.size]],
             samples=sum(len(batch.samples) for batch in planned),
             tokens=sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
@@ -161,14 +170,17 @@ def iterate_steps(
 
     How they are built changes when they are ready, never what is in them.
     """
+    # A small model's batches take milliseconds: starting processes for them costs more than a thread.
     if workers == 0:
         return _ThreadedSteps(steps, first, last, prefetch, pin_memory)
     return iter(
         DataLoader(
             steps,
+            # An item is a whole step already.
             batch_size=None,
             sampler=range(first, last),
             num_workers=workers,
+            # Per worker, rounded up.
             prefetch_factor=-(-prefetch // workers),
             collate_fn=_as_is,  # batches are made by the builder
             pin_memory=pin_memory,
@@ -185,13 +197,16 @@ class _ThreadedSteps:
 
     def __init__(self, steps: StepBatches, first: int, last: int, prefetch: int, pin_memory: bool) -> None:
         self._steps, self._range, self._pin_memory = steps, range(first, last), pin_memory
+        # Bounded: a fast builder waits here instead of filling the memory.
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
+        # Daemon: a run that ends early does not wait for batches that nobody wants.
         threading.Thread(target=self._work, name="batches", daemon=True).start()
 
     def __iter__(self) -> _ThreadedSteps:
         return self
 
     def __next__(self) -> StepData:
+        # Blocks while the builder is behind; the loop measures this as data wait.
         item = self._ready.get()
         if item is None:
             raise StopIteration

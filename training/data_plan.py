@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_video.errors import UserError
 from training.config import DataConfig
 
 Integers = npt.NDArray[np.int64]
@@ -23,6 +24,7 @@ Integers = npt.NDArray[np.int64]
 # Part of every key: another order of the data needs another number, so that old runs are not silently continued.
 _SCHEME = "megatron-video-plan-1"
 _FEISTEL_ROUNDS = 6
+# Positions in [0, 1) as 64-bit integers: exact on every machine.
 _WORD = 1 << 64
 # Multiples of the golden ratio fill an interval more evenly than random numbers do.
 _GOLDEN_STEP = 0x9E3779B97F4A7C15
@@ -47,17 +49,23 @@ class DataPlan:
         config: batch sizes and bucket shares.
         seed: the run's seed.
         stage: the training stage's name.
+
+    Raises:
+        UserError: bucket shares or sizes that name other buckets than those in use.
     """
 
     def __init__(self, buckets: Mapping[str, Integers], config: DataConfig, seed: int, stage: str) -> None:
         self.buckets = dict(sorted(buckets.items()))
+        _check_bucket_names(list(self.buckets), config)
         self.draws_per_step = config.global_batch_size // config.samples_per_draw
         self.batches_per_draw = config.samples_per_draw // config.micro_batch_size
         sizes = config.bucket_micro_batch_sizes
         self.micro_batch_sizes = {name: sizes.get(name, config.micro_batch_size) for name in self.buckets}
         self.draw_sizes = {name: size * self.batches_per_draw for name, size in self.micro_batch_sizes.items()}
         self._key = f"{_SCHEME}/{seed}/{stage}"
+        # By number of samples, every sample is drawn equally often.
         shares = config.bucket_weights or {name: float(len(samples)) for name, samples in self.buckets.items()}
+        # Shares count samples, the interleaving counts draws.
         draw_weights = [shares[name] / self.draw_sizes[name] for name in self.buckets]
         self._interleaving = Interleaving(draw_weights, f"{self._key}/buckets")
 
@@ -65,6 +73,7 @@ class DataPlan:
         """All micro-batches of the global batch of `step`, from 0."""
         first = step * self.draws_per_step
         positions = dict(zip(self.buckets, self._interleaving.counts_before(first), strict=True))
+        # Sorted by name in __init__: independent of the order in which the shards list them.
         names = list(self.buckets)
         batches: list[PlannedBatch] = []
         for draw in range(first, first + self.draws_per_step):
@@ -108,6 +117,7 @@ class DataPlan:
     def _draw(self, bucket: str, position: int) -> list[PlannedBatch]:
         samples, size = self.buckets[bucket], self.draw_sizes[bucket]
         order = np.arange(position * size, (position + 1) * size)
+        # A draw may reach over the end of an epoch; its samples then belong to two permutations.
         epochs, places = order // len(samples), order % len(samples)
         drawn = np.empty(size, dtype=np.int64)
         for epoch in np.unique(epochs):
@@ -125,6 +135,7 @@ class KeyedPermutation:
 
     def __init__(self, size: int, key: str) -> None:
         self.size = size
+        # Two halves of equal width; the domain is at most four times the size, so the walk is short.
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half = np.uint64(half_bits)
         self._mask = np.uint64((1 << half_bits) - 1)
@@ -134,6 +145,7 @@ class KeyedPermutation:
     def __call__(self, places: Integers) -> Integers:
         """The elements at `places`, all of which lie in range(size)."""
         values = self._encrypt(places.astype(np.uint64))
+        # Walking the cycle of a permutation of the larger domain stays a permutation of the smaller.
         outside = values >= self.size
         while outside.any():
             values[outside] = self._encrypt(values[outside])
@@ -143,6 +155,7 @@ class KeyedPermutation:
     def _encrypt(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = values >> self._half, values & self._mask
         for key in self._round_keys:
+            # A Feistel round is invertible whatever the mixing function is.
             left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return (left << self._half) | right
 
@@ -156,6 +169,7 @@ class Interleaving:
     def __init__(self, weights: list[float], key: str) -> None:
         total = sum(weights)
         self.fractions = [weight / total for weight in weights]
+        # The last end is set exactly: rounding must not leave a gap below 1.
         ends = np.cumsum(self.fractions)
         self._ends = [min(int(end * _WORD), _WORD) for end in ends[:-1]] + [_WORD]
         self._offset = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
@@ -175,6 +189,20 @@ class Interleaving:
         every = _floor_sum(index, _WORD, _GOLDEN_STEP, self._offset)
         lowered = _floor_sum(index, _WORD, _GOLDEN_STEP, self._offset + _WORD - end)
         return every - lowered + index
+
+
+def _check_bucket_names(in_use: list[str], config: DataConfig) -> None:
+    known = {*in_use, *(config.buckets or [])}
+    for field in ("bucket_weights", "bucket_micro_batch_sizes"):
+        unknown = sorted(set(getattr(config, field)) - known)
+        if unknown:
+            raise UserError(f"data.{field} names {unknown}, buckets in use are {in_use}")
+    weights = config.bucket_weights
+    missing = [name for name in in_use if weights and name not in weights]
+    if missing:
+        raise UserError(f"data.bucket_weights has no share for {missing}; give all of {in_use}, 0 to leave one out")
+    if weights and not any(weights[name] for name in in_use):
+        raise UserError(f"data.bucket_weights={weights} leaves nothing to draw; buckets in use are {in_use}")
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -32,12 +32,16 @@ class TrainingData:
     def __init__(self, folders: Sequence[str], wanted_buckets: Sequence[str] | None = None) -> None:
         if not folders:
             raise UserError("data.shards is empty: name the shard folders, e.g. data.shards=[runs/demo/shards]")
+        # Order matters: it numbers the samples, and the number is part of every noise key.
         self.datasets = [ShardDataset(folder) for folder in folders]
         self._check_one_encoding(folders)
+        # _ends[f] is one past the last global number of folder f.
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+        # Indices only: payloads are read sample by sample.
         names = np.concatenate([np.asarray(dataset.index["bucket"].to_pylist()) for dataset in self.datasets])
         self.llm_tokens = self._column("llm_tokens")
         self.buckets = {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+        self.absent_buckets = [name for name in wanted_buckets or [] if name not in self.buckets]
         self.unused_buckets = self._select(wanted_buckets)
         self.shapes = {name: parse_bucket(name).latent_shape for name in self.buckets}
 
@@ -52,6 +56,7 @@ class TrainingData:
     @property
     def null_text(self) -> tuple[Tensor, Tensor]:
         """Encoded empty caption: Step-LLM states [n, d_llm] and CLIP states [slots, d_clip]."""
+        # Equal in all folders: one text fingerprint is required of them.
         llm, clip = self.datasets[0].null_text
         return llm, clip
 
@@ -59,6 +64,7 @@ class TrainingData:
         """Digest of all keys in order: two data sets with one fingerprint give the same batches."""
         digest = hashlib.blake2b(digest_size=16)
         for dataset in self.datasets:
+            # Keys are hashes of content and clip span, so moving or renaming folders changes nothing.
             digest.update("\n".join(dataset.index["key"].to_pylist()).encode() + b"\n")
         return digest.hexdigest()
 
@@ -89,6 +95,7 @@ class TrainingData:
     def flops(self, model: DiTConfig, bucket: str, samples: Integers) -> float:
         """FLOPs of forward and backward on `samples` of one bucket, with their true caption lengths."""
         tokens, clip_slots = self.tokens(model)[bucket], self.clip_slots(model)
+        # Few distinct lengths, many samples.
         lengths, counts = np.unique(self.llm_tokens[samples], return_counts=True)
         costs = [training_flops(model.num_layers, model.hidden_size, tokens, clip_slots + int(n)) for n in lengths]
         return float(np.dot(np.asarray(costs, dtype=np.float64), counts))
@@ -105,6 +112,7 @@ class TrainingData:
             return []
         present = sorted(self.buckets)
         self.buckets = {name: self.buckets[name] for name in present if name in wanted}
+        # Some may be missing (a preset names every aspect); all missing is a mistake.
         if not self.buckets:
             raise UserError(f"data.buckets={list(wanted)}: none is in the shards, which hold {present}")
         return [name for name in present if name not in wanted]
@@ -112,6 +120,7 @@ class TrainingData:
     def _check_one_encoding(self, folders: Sequence[str]) -> None:
         first = self.datasets[0].dataset_info
         for folder, dataset in zip(folders, self.datasets, strict=True):
+            # Latents of two VAEs are two spaces; nothing later would notice.
             for name in ("vae_fingerprint", "text_fingerprint"):
                 ours, other = getattr(first, name), getattr(dataset.dataset_info, name)
                 if ours != other:

@@ -25,6 +25,7 @@ from training.stop_signal import REQUEUE_EXIT_CODE, StopSignal
 from training.telemetry import StepMetrics, Stopwatch, Telemetry
 from training.train_step import StepResult, train_step
 
+# Names of training.precision.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -44,6 +45,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         watch = Stopwatch()
+        # For the reader of train_state.json; a resume needs the step alone.
         self.state.consumed_samples = self.plan.consumed(self.state.step)
         folder = checkpoint.save_checkpoint(
             Path(self.config.run.output_dir),
@@ -108,6 +110,7 @@ def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
     settings, state, telemetry = config.training, trainer.state, trainer.telemetry
     if state.step == 0 and settings.save_initial:
         trainer.save()
+    # The position in the data is the step number: nothing of the loader is stored or restored.
     steps = iterate_steps(
         trainer.batches,
         state.step,
@@ -119,8 +122,10 @@ def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
     watch = Stopwatch()
     while state.step < settings.steps:
         step = next(steps)
+        # Time since the end of the last step: waiting for data.
         data_seconds = watch.lap()
         rate = learning_rate(state.step, config.optimizer, settings.steps)
+        # A pure function of the step, so a resume needs no scheduler state.
         set_learning_rate(trainer.optimizer, rate, config.optimizer.weight_decay)
         result = train_step(trainer.model, trainer.optimizer, step.batches, stop.requested)
         trainer.count(result)
@@ -138,8 +143,10 @@ def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
                 refused=result.refused,
             )
         )
+        # result.stop_requested, not stop.requested: all ranks leave at the same step.
         if result.stop_requested or state.step % settings.save_every == 0 or state.step == settings.steps:
             trainer.save()
+            # Saving is not part of the next step's time.
             watch.lap()
         if result.stop_requested:
             break
@@ -149,8 +156,10 @@ def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
 def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
     """Build data order, model and optimizer, and bring them to where the run stands."""
     plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
+    # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
     identity = {"data set": data.fingerprint(), **plan.identity()}
     found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints")
+    # Before the model is built: a refusal should come in the first seconds.
     if found is not None:
         checkpoint.check_same_model(found, config.model)
         checkpoint.check_same_data_plan(found, identity)
@@ -161,12 +170,14 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
         device=device.device,
         init_seed=config.run.seed,
     )
+    # Before the optimizer is built, whose fp32 copies are taken from the weights.
     if found is None and config.run.initial_weights is not None:
         checkpoint.load_model_weights(checkpoint.find_checkpoint(config.run.initial_weights), chunks)
     model = wrap_data_parallel(chunks, config.parallel)
     optimizer = build_optimizer(model, config.optimizer, config.parallel)
     state = checkpoint.load_checkpoint(found, model, optimizer) if found else TrainState(data_plan=identity)
     telemetry = start_telemetry(config, state.step)
+    # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):
         telemetry.say(line)
     for line in describe_changes(config, found, state):

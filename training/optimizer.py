@@ -29,6 +29,7 @@ def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list
 
     Gradients are summed in fp32 whatever the parameters' type.
     """
+    # bf16 gradients of many micro-batches and replicas would lose small contributions when added in bf16.
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -39,10 +40,13 @@ def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list
     for chunk in chunks:
         chunk.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
     model = [
+        # Later chunks reduce while earlier ones still compute: no use in cutting them into buckets.
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    # Called by the schedule after the last micro-batch: reduces over replicas, sums what SP and PP replicate, divides.
     config.finalize_model_grads_func = finalize_model_grads
+    # Without it, reduction would start in every micro-batch and not only in the last.
     if parallel.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in model]
         config.no_sync_func = hooks[0] if len(hooks) == 1 else hooks
@@ -53,6 +57,7 @@ def build_optimizer(
     model: list[DistributedDataParallel], config: AdamWConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
     """AdamW over all parameters of this rank, with fp32 copies of bf16 ones."""
+    # Of the weights; the state is fp32 in any case.
     dtype = next(model[0].parameters()).dtype
     settings = OptimizerConfig(
         optimizer="adam",
@@ -68,6 +73,7 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
+    # Beside NCCL, megatron-core keeps gloo groups for collectives on CPU tensors.
     uses_nccl = torch.distributed.get_backend() == "nccl"
     return get_megatron_optimizer(
         settings,
@@ -106,12 +112,14 @@ class ReadyGradients:
     @torch.no_grad()
     def prepare(optimizer: MegatronOptimizer) -> ReadyGradients:
         """Copy gradients to the fp32 parameters and take their norm over all ranks of a replica."""
+        # Its non-finite check exists for fp16 loss scaling only; the norm shows every NaN and infinity.
         optimizer.prepare_grads()
         return ReadyGradients(optimizer, float(optimizer.get_grad_norm()))
 
     @torch.no_grad()
     def apply(self) -> None:
         """Clip by the global norm and update the weights."""
+        # optimizer.step() would do these two parts without a place to stop between norm and update.
         for single in self.optimizer.chained_optimizers:
             parameters = single.get_parameters()
             if parameters and single.config.clip_grad > 0:

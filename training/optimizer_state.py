@@ -27,7 +27,9 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
     single = _only(optimizer)
     _start_moments(single)
     if isinstance(single, DistributedOptimizer):
+        # Gathers the shards of all replicas into whole parameters: that is what makes the form independent of DP.
         return single.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={})
+    # A tensor of the state is cut and replicated exactly as the parameter it belongs to.
     sharded = {id(tensor.data): tensor for tensor in _flat(extract_sharded_tensors(model_state)[0])}
     return {
         number: {
@@ -48,6 +50,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any, updates: int
         for number, (_, main) in enumerate(_parameters(single)):
             for name, value in _values(single, main).items():
                 value.copy_(loaded[number][name])
+    # The shards carry no count; bias correction needs it.
     for group in single.optimizer.param_groups:
         if _counts_per_group(single):
             group["step"] = updates
@@ -64,6 +67,7 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
 
 
 def _only(optimizer: MegatronOptimizer) -> Any:
+    # megatron-core chains a second optimizer for experts only.
     (single,) = optimizer.chained_optimizers
     return single
 
@@ -79,6 +83,7 @@ def _start_moments(single: Any) -> None:
         for main in group["params"]:
             state = single.optimizer.state[main]
             if not state:
+                # Not by a step with zero gradients: weight decay would move the weights.
                 state.update({name: torch.zeros_like(main, dtype=torch.float32) for name in MOMENTS})
                 if not _counts_per_group(single):
                     state["step"] = torch.zeros((), dtype=torch.float32)
@@ -86,6 +91,7 @@ def _start_moments(single: Any) -> None:
 
 def _parameters(single: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of the model with the fp32 one that the optimizer updates, in the same order on all ranks."""
+    # bf16 weights have fp32 copies, which are what AdamW updates; fp32 weights are updated themselves.
     if isinstance(single, Float16OptimizerWithFloat16Params):
         halves = zip(chain(*single.float16_groups), chain(*single.fp32_from_float16_groups), strict=True)
         return chain(halves, ((parameter, parameter) for parameter in chain(*single.fp32_from_fp32_groups)))

@@ -7,6 +7,7 @@ SIGUSR1 after saving (start it again); launchers may hide them, so <run>/status.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
+    # Before any process group starts: torchrun has set WORLD_SIZE already.
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     # megatron-core asks for it: with one queue, communication starts in the order in which it was issued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -36,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from training.data_set import TrainingData
     from training.loop import train
 
+    # Also before: a wrong folder is then one line, not a stack trace of every rank.
     data = TrainingData(config.data.shards, config.data.buckets)
     data.check_model(config.model)
     initialize_parallel(config.parallel, config.run.seed, device)
@@ -51,11 +54,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Train the video DiT on pre-encoded shards; continues by itself from <run.output_dir>/checkpoints.",
         epilog="Fields and their meaning: training/config.py, or --print-config.",
     )
-    presets = ", ".join(sorted(path.stem for path in PRESET_DIR.glob("*.yaml")))
-    parser.add_argument("--config", required=True, help=f"a YAML file or a preset ({presets})")
+    parser.add_argument("--config", required=True, help=f"a YAML file or a preset ({', '.join(_presets())})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="e.g. training.steps=100")
     return parser.parse_args(argv)
+
+
+def _presets() -> list[str]:
+    """Presets of this command; the folder holds those of other commands too."""
+    groups = {field.name for field in dataclasses.fields(PretrainConfig)}
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml") if set(yaml.safe_load(path.read_text())) <= groups)
 
 
 if __name__ == "__main__":

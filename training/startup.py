@@ -47,12 +47,14 @@ def describe_changes(config: PretrainConfig, checkpoint: Path | None, state: Tra
 
 def count_parameters(model: list[DistributedDataParallel]) -> int:
     """Parameters of the whole model, each counted once over tensor- and pipeline-parallel ranks."""
+    # Copies (norms under TP, embedders on later stages) are marked; each is counted where it is first.
     own = sum(
         parameter.numel()
         for chunk in model
         for parameter in chunk.parameters()
         if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
     )
+    # NCCL reduces on the GPU only.
     device = next(model[0].parameters()).device
     total = torch.tensor(own, dtype=torch.int64, device=device)
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
@@ -61,6 +63,7 @@ def count_parameters(model: list[DistributedDataParallel]) -> int:
 
 def _ranks(config: PretrainConfig, world: int, replicas: int) -> str:
     parallel, device = config.parallel, "CUDA" if torch.cuda.is_available() else "CPU"
+    # Only what is switched on: the line is read at a glance.
     extras = [name for name in ("sequence_parallel", "use_distributed_optimizer") if getattr(parallel, name)]
     return (
         f"ranks: world {world} = TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
@@ -93,13 +96,18 @@ def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> Iter
     for name, samples in plan.buckets.items():
         shape = data.shapes[name]
         cut = f" / {patch}^2" if patch > 1 else ""
+        # Caption lengths differ; a thousand give the mean well enough for a printed line.
         mean_flops = data.flops(config.model, name, samples[:1000]) / len(samples[:1000])
-        epoch_steps = len(samples) / (shares[name] * plan.samples_per_step())
+        drawn = shares[name] * plan.samples_per_step()
+        # After so many steps every sample of the bucket has been drawn once.
+        epoch = f"epoch every {len(samples) / drawn:,.1f} steps" if drawn else "never drawn"
         yield (
             f"  bucket {name}: {len(samples):,} samples, {shape.frames} x {shape.height} x {shape.width}{cut} = "
             f"{tokens[name]:,} tokens, {_scaled(mean_flops)}FLOP a sample, {shares[name]:.1%} of the samples, "
-            f"epoch every {epoch_steps:,.1f} steps"
+            f"{epoch}"
         )
+    if data.absent_buckets:
+        yield f"  not in the shards (data.buckets): {', '.join(data.absent_buckets)}"
     if data.unused_buckets:
         yield f"  not used (data.buckets): {', '.join(data.unused_buckets)}"
 
@@ -110,6 +118,7 @@ def _cost(config: PretrainConfig, data: TrainingData, plan: DataPlan, world: int
         name: data.flops(config.model, name, samples[:1000]) / len(samples[:1000])
         for name, samples in plan.buckets.items()
     }
+    # Expected over the mix of buckets; metrics.jsonl has the exact figure of every step.
     step_flops = count * sum(shares[name] * per_sample[name] for name in shares)
     step_tokens = count * sum(shares[name] * tokens[name] for name in shares)
     steps = config.training.steps
@@ -118,6 +127,7 @@ def _cost(config: PretrainConfig, data: TrainingData, plan: DataPlan, world: int
         f"{steps} steps = {count * steps:,.0f} samples, {_scaled(step_flops * steps)}FLOP"
     )
     peak = config.training.peak_tflops
+    # 30 % is about what the paper reached (32 % at 540P), a first guess at the real step time.
     if peak is not None:
         seconds = step_flops / (peak * 1e12 * world)
         yield f"peak: {world} x {peak} TFLOP/s; a step at 100 % MFU: {seconds:.3g} s, at 30 %: {seconds / 0.3:.3g} s"

@@ -30,4 +30,5 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        # No work in a signal handler: the loop saves at the end of the step.
         self.requested = True

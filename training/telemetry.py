@@ -21,6 +21,7 @@ from typing import Any
 from megatron_video import __version__
 from megatron_video.config_io import save_config
 
+# Those whose version can change a number.
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "safetensors", "webdataset", "tensorboard")
 
 
@@ -74,8 +75,10 @@ class Telemetry:
     ) -> None:
         self.active, self.total_steps, self.log_every, self.peak_flops = active, total_steps, log_every, peak_flops
         self.run_dir = run_dir
+        # Steps since the last console line; its figures are means over them, not the last step's.
         self._window: list[StepMetrics] = []
         if active:
+            # Here, as only rank 0 needs it: the import takes a second.
             from torch.utils.tensorboard import SummaryWriter
 
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -83,6 +86,7 @@ class Telemetry:
             write_json(run_dir / "status.json", {"state": "running", "step": first_step})
             self.life = record_life(run_dir, first_step)
             self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            # Steps that this life will do again are hidden in TensorBoard; metrics.jsonl keeps them.
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def log_step(self, metrics: StepMetrics) -> None:
@@ -112,6 +116,7 @@ class Telemetry:
     def _report(self) -> None:
         window, last = self._window, self._window[-1]
         self._window = []
+        # Rates are totals over totals: steps of other sizes weigh right.
         seconds = sum(metrics.step_seconds for metrics in window)
         scalars = {
             "loss": sum(metrics.loss for metrics in window) / len(window),
@@ -171,9 +176,11 @@ def record_life(run_dir: Path, first_step: int) -> int:
 
 def git_revision() -> str | None:
     """Commit of the code, with `-dirty` when files differ from it; None outside a git checkout."""
+    # --dirty: a revision alone would claim to be the code that ran.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    # An installed package has no checkout; that is not worth ending a run for.
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -191,6 +198,7 @@ def package_versions() -> dict[str, str | None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, then rename."""
+    # A reader never sees half of it.
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(temporary, path)

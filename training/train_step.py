@@ -43,11 +43,14 @@ def train_step(
     stop_requested: bool = False,
 ) -> StepResult:
     """Train on this replica's micro-batches of one global batch."""
+    # Gradients live in the buffers of the data-parallel wrapper, which accumulate over micro-batches.
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    # Gradients come back summed over replicas and divided by the global count.
     sum_and_count = forward_backward(model, batches)
     gradients = ReadyGradients.prepare(optimizer)
+    # All ranks learn here what all ranks found, before any weight changes.
     result = _agree(sum_and_count, gradients.norm, stop_requested)
     if not result.refused:
         gradients.apply()
@@ -68,12 +71,15 @@ def forward_backward(model: list[DistributedDataParallel], batches: list[Batch],
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(batches),
+        # Bounds only: micro-batches differ in shape, and pipeline stages send sizes along.
         seq_length=max(batch.latents[0, :, 0].numel() for batch in batches),
         micro_batch_size=max(len(batch.latents) for batch in batches),
         forward_only=forward_only,
     )
+    # Stages before the last compute no loss.
     if not outputs:
         return torch.zeros(2, dtype=torch.float64, device=device)
+    # fp64: sums of thousands of micro-batches keep their digits.
     return torch.stack([output["sum_and_count"] for output in outputs]).sum(0)
 
 
@@ -81,6 +87,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     """megatron-core's forward step: the model's output (hidden states before the last stage) and the loss to apply."""
     batch = next(batches).to(torch.device(next(model.parameters()).device))
     conditions: dict[str, Any] = {} if batch.fps is None else {"fps": batch.fps}
+    # Every stage gets the conditions; latents are read by the first stage, their shape by all.
     output = model(batch.latents, batch.timestep, batch.llm_states, batch.clip_states, batch.text_lengths, **conditions)
     return output, functools.partial(velocity_loss, batch.target)
 
@@ -98,18 +105,22 @@ def velocity_loss(target: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, d
     total, elements = squared_error(prediction, target)
     channels = target.shape[2]
     total, positions = total / channels, elements // channels
+    # Stays on the device; nothing here waits for the GPU.
     report = torch.stack([total.detach().double(), positions.double()])
     return total, positions.int(), {"sum_and_count": report}
 
 
 def _agree(sum_and_count: Tensor, grad_norm: float, stop_requested: bool) -> StepResult:
     """Add loss sums and flags over all ranks in one reduction, so that every rank decides alike."""
+    # [loss sum, count, non-finite flags, stop flags]; one collective a step for all of it.
     shared = torch.zeros(4, dtype=torch.float64, device=sum_and_count.device)
+    # Tensor-parallel ranks hold the same loss: it is counted once.
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         shared[:2] = sum_and_count
     shared[2] = not math.isfinite(grad_norm)
     shared[3] = stop_requested
     torch.distributed.all_reduce(shared)
+    # Beside the gradient norm, the one moment of a step in which the host waits for the device.
     loss_sum, count, broken, stop = shared.tolist()
     loss = loss_sum / count
     return StepResult(loss, grad_norm, refused=broken > 0 or not math.isfinite(loss), stop_requested=stop > 0)

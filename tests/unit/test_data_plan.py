@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_video.errors import UserError
 from training.config import DataConfig
 from training.data_plan import DataPlan, Interleaving, KeyedPermutation, _floor_sum
 
@@ -121,6 +122,24 @@ def test_shares_and_bucket_batch_sizes() -> None:
     assert consumed["image"] / sum(consumed.values()) == pytest.approx(0.25, abs=0.01)
     assert sum(consumed.values()) / 500 == pytest.approx(plan.samples_per_step(), rel=0.01)
     assert {len(batch.samples) for batch in plan.step(3) if batch.bucket == "image"} <= {8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bucket_weights": {"video": 1.0}}, "no share for .'image'."),
+        ({"bucket_weights": {"video": 0.0, "image": 0.0}}, "nothing to draw"),
+        ({"bucket_weights": {"video": 1.0, "image": 1.0, "vidoe": 1.0}}, "names .'vidoe'."),
+        ({"bucket_micro_batch_sizes": {"vidoe": 1}}, "names .'vidoe'."),
+    ],
+)
+def test_shares_of_other_buckets_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(**fields)
+
+
+def test_a_share_of_zero_leaves_a_bucket_out() -> None:
+    assert make_plan(bucket_weights={"video": 1, "image": 0}).consumed(1000)["image"] == 0
 
 
 def test_without_shares_all_samples_are_drawn_equally_often() -> None:
