@@ -39,9 +39,8 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     with torch.device("meta"):
         vae = VideoVAE(config)
     check_weights(vae, weights, str(weights_path))
-    weights = {name: _inference_layout(weight.to(dtype)) for name, weight in weights.items()}
-    vae.load_state_dict(weights, assign=True)
-    return vae.eval().requires_grad_(False)
+    vae.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    return to_channels_last(vae).eval().requires_grad_(False)
 
 
 def save_vae(vae: VideoVAE, folder: str | Path) -> None:
@@ -55,6 +54,15 @@ def save_vae(vae: VideoVAE, folder: str | Path) -> None:
     temporary = folder / f".{CONFIG_FILE}.tmp"
     temporary.write_text(json.dumps(config_to_dict(vae.config), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / CONFIG_FILE)
+
+
+def to_channels_last(vae: VideoVAE) -> VideoVAE:
+    """Lay the weights out in memory as the activations are, in place; saves a copy in every convolution."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+    return vae
 
 
 def check_weights(module: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:
@@ -106,8 +114,3 @@ def _read_weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:
         return load_file(path, device=str(device))
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _inference_layout(weight: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return weight.contiguous(memory_format=formats[weight.dim()]) if weight.dim() in formats else weight
