@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -30,6 +31,7 @@ def describe_run(
     yield _batch(config, replicas)
     yield from _buckets(config, data, plan)
     yield from _cost(config, data, plan, world)
+    yield _latents(data)
 
 
 def describe_changes(config: PretrainConfig, checkpoint: Path | None, state: TrainState) -> Iterator[str]:
@@ -131,6 +133,24 @@ def _cost(config: PretrainConfig, data: TrainingData, plan: DataPlan, world: int
     if peak is not None:
         seconds = step_flops / (peak * 1e12 * world)
         yield f"peak: {world} x {peak} TFLOP/s; a step at 100 % MFU: {seconds:.3g} s, at 30 %: {seconds / 0.3:.3g} s"
+
+
+def _latents(data: TrainingData) -> str:
+    """Mean and spread of what the model learns to make, beside those of the noise it starts from."""
+    samples = np.concatenate(list(data.buckets.values()))
+    # Spread over the data set, few enough to be read at every start.
+    chosen = samples[:: max(1, len(samples) // 64)]
+    means, variances = [], []
+    for sample in chosen:
+        mean, logvar = data[int(sample)].moments.float().chunk(2, dim=1)
+        means.append(mean.flatten())
+        variances.append(logvar.exp().flatten())
+    every = torch.cat(means)
+    spread = (every.var() + torch.cat(variances).mean()).sqrt()
+    return (
+        f"latents: mean {every.mean():.3f}, standard deviation {spread:.3f} over {len(chosen)} samples "
+        "(noise: 0 and 1; latents far from that want another VAE or flow.shift)"
+    )
 
 
 def _scaled(value: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_video.buckets import parse_bucket
 from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
 from training.config import PRESET_DIR, AdamWConfig, PretrainConfig
@@ -82,6 +83,10 @@ def test_presets_of_the_30b_follow_table_6(stage: str, rate: float, per_node: in
     # A node of 8 GPUs is one replica.
     assert config.data_parallel_size(8 * nodes) == nodes
     assert config.model.hidden_size == 6144
+    pixels = {"t2i_256": 256 * 256, "t2vi_192": 192 * 320, "t2vi_540": 544 * 992}[stage[:-3]]
+    buckets = [parse_bucket(name) for name in config.data.buckets or []]
+    assert {bucket.frames for bucket in buckets} == ({1} if stage.startswith("t2i") else {1, 68, 136, 204})
+    assert all(bucket.height * bucket.width == pytest.approx(pixels, rel=0.1) for bucket in buckets)
 
 
 def test_every_preset_of_this_command_loads() -> None:
