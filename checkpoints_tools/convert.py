@@ -17,12 +17,11 @@ from tqdm import tqdm
 from checkpoints_tools.core import CoreCheckpoint, write_core
 from checkpoints_tools.dit_names import released_names
 from checkpoints_tools.released import CONFIG_FILE, ReleasedFolder, write_released
-from megatron_video import device
 from megatron_video.dit import DiTConfig, build_dit
 from megatron_video.errors import UserError
-from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel
+from megatron_video.parallel import one_process
 
-WRITING_SUFFIX = ".writing"
+WRITING_SUFFIX = ".partial"
 Checkpoint = CoreCheckpoint | ReleasedFolder
 
 
@@ -88,10 +87,8 @@ def digests(checkpoint: Checkpoint) -> dict[str, str]:
 
 def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Released name -> shape, for every tensor of a model of this shape, from the model itself on the meta device."""
-    parallel = ParallelConfig()
-    initialize_parallel(parallel, seed=0, device_info=device.initialize())
-    (model,) = build_dit(config, parallel, torch.float32, device=torch.device("meta"))
-    destroy_parallel()
+    with one_process() as parallel:
+        (model,) = build_dit(config, parallel, torch.float32, device=torch.device("meta"))
     names = released_names(config)
     return {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

@@ -11,11 +11,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_video import device
-from megatron_video.config_io import config_to_dict
 from megatron_video.dit import DiTConfig
-from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel
-from training.checkpoint import TrainState, find_checkpoint, read_model_config, write_checkpoint
+from megatron_video.parallel import one_process
+from training.checkpoint import find_checkpoint, read_model_config, write_weights
 
 
 class CoreCheckpoint:
@@ -54,8 +52,6 @@ def write_core(folder: Path, config: DiTConfig, tensors: Iterable[tuple[str, Ten
 
     All tensors are in memory at once.
     """
-    parallel = ParallelConfig()
-    initialize_parallel(parallel, seed=0, device_info=device.initialize())
-    sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors}
-    write_checkpoint(folder, {"model": sharded}, {"model": config_to_dict(config)}, TrainState())
-    destroy_parallel()
+    with one_process():
+        sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors}
+        write_weights(folder, sharded, config)

@@ -3,8 +3,8 @@
 megatron-core 0.16.1 names CUDA in the middle of long functions (`device="cuda"`, `torch.cuda.current_device()`,
 `tensor.type() == "torch.cuda.FloatTensor"`). On a machine without CUDA, `initialize` gives the modules of
 megatron-core listed in `PATCHED_MODULES`, and only these, a view of `torch` in which those names mean the CPU. Code
-outside megatron-core still fails if it says "cuda". Nothing is patched where CUDA is present, except the three
-faults of the distributed optimizer that concern any machine without Transformer Engine and Apex.
+outside megatron-core still fails if it says "cuda". Nothing is patched where CUDA is present, except one fault of the
+distributed optimizer that concerns any machine without Transformer Engine and Apex.
 """
 
 from __future__ import annotations
@@ -180,36 +180,21 @@ def _called_by_megatron() -> bool:
 
 
 def _mend_distributed_optimizer() -> None:
-    """Three faults of megatron-core 0.16.1's DistributedOptimizer with torch's AdamW (no Transformer Engine, no Apex).
+    """Let `fully_reshardable` state load without Transformer Engine and Apex.
 
-    Loading into a fresh optimizer asserts (distrib_optimizer.py:642); `fully_reshardable` loading has no 'step'
-    (938-940); and one `step` tensor is shared by all parameters after loading, so that it advances once per
-    parameter (821-825).
+    megatron-core 0.16.1 (distrib_optimizer.py:936-940) copies every entry of torch's AdamW state, and fails on `step`,
+    which that form of checkpoint does not hold.
     """
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     cls = distrib_optimizer.DistributedOptimizer
-    plain_state_dict, plain_load = cls.state_dict, cls.load_state_dict
     plain_set = cls._set_main_param_and_optimizer_states
-
-    def state_dict(self: Any) -> Any:
-        if not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return plain_state_dict(self)
-
-    def load_state_dict(self: Any, state: Any) -> None:
-        if not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        plain_load(self, state)
-        for parameter_state in self.optimizer.state.values():
-            parameter_state["step"] = parameter_state["step"].clone()
 
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         plain_set(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
 
-    cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
     cls._set_main_param_and_optimizer_states = set_states

@@ -6,6 +6,8 @@ The rank grid is one picture, megatron-core's own default order: `arange(world).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_video.config_io import config_dataclass
-from megatron_video.device import DeviceInfo
+from megatron_video.device import DeviceInfo, initialize
 
 
 @config_dataclass
@@ -114,6 +116,17 @@ def _start_distributed(device_info: DeviceInfo) -> None:
         dist.init_process_group(device_info.backend, timeout=timeout)
     else:
         dist.init_process_group(device_info.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+@contextmanager
+def one_process() -> Iterator[ParallelConfig]:
+    """megatron-core's groups for a tool that needs the model, but no other rank; torn down at the end."""
+    parallel = ParallelConfig()
+    initialize_parallel(parallel, seed=0, device_info=initialize())
+    try:
+        yield parallel
+    finally:
+        destroy_parallel()
 
 
 def destroy_parallel(keep_distributed: bool = False) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -91,6 +91,16 @@ def save_checkpoint(
         _prune(target.parent, keep)
     torch.distributed.barrier()
     return target
+
+
+def write_weights(folder: Path, tensors: dict[str, ShardedTensor], model: DiTConfig) -> None:
+    """Write weights alone into the new `folder`, as a complete checkpoint of step 0; this process is the only rank."""
+    folder.mkdir(parents=True)
+    _collect_write_results_in_process()
+    dist_checkpointing.save({"model": tensors}, str(folder))
+    values = yaml.safe_dump({"model": config_to_dict(model)}, sort_keys=False)
+    (folder / CONFIG_FILE).write_text(values, encoding="utf-8")
+    _write_state(folder, TrainState())
 
 
 def load_checkpoint(checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> TrainState:
