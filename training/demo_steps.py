@@ -46,8 +46,8 @@ class DemoConfig:
     """Frames x height x width of the encoded samples."""
     pretrain: list[str] = field(default_factory=list)
     """Overrides of `training.pretrain`."""
-    samples_per_request: int = 2
-    """Videos for each of the 32 requests: 4 colours x 4 directions x 2 languages."""
+    samples: int = 64
+    """Videos of the trained and of the untrained model: 4 colours x 4 directions x 2 languages in turn."""
     sampling_steps: int = 30
     """Euler steps."""
     guidance: float = 4.0
@@ -58,6 +58,14 @@ class DemoConfig:
     """Videos made at a time."""
     required_accuracy: float = 0.5
     """Colour and direction of the trained model's videos must be right this often, or the demo fails."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes of nothing; the commands check the rest themselves."""
+        for name in ("ranks", "samples", "sampling_steps", "sample_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.buckets:
+            raise ValueError("buckets is empty; name at least one, frames x height x width, e.g. 17x48x48")
 
 
 @dataclass(frozen=True)
@@ -163,15 +171,15 @@ def kill_step(steps: int, save_every: int) -> int:
 
 def requests(config: DemoConfig) -> list[dict[str, Any]]:
     """Prompts with seeds: all colours x directions x languages, the shapes in turn."""
-    wanted = itertools.product(range(config.samples_per_request), COLOURS, DIRECTIONS, ("en", "zh"))
+    wanted = list(itertools.product(("en", "zh"), COLOURS, DIRECTIONS))
+    shapes = list(SHAPES)
     # Training draws noise by sample and epoch; these seeds name samples that were never trained on.
     first_seed = 1_000_000 * (config.seed + 1)
+    # A stride without a common factor with 32: all are met, and even a few requests differ in everything.
+    chosen = [wanted[number * 11 % len(wanted)] for number in range(config.samples)]
     return [
-        {
-            "prompt": _prompt(colour, direction, list(SHAPES)[number % len(SHAPES)], language),
-            "seed": first_seed + number,
-        }
-        for number, (_, colour, direction, language) in enumerate(wanted)
+        {"prompt": _prompt(colour, direction, shapes[number % len(shapes)], language), "seed": first_seed + number}
+        for number, (language, colour, direction) in enumerate(chosen)
     ]
 
 

@@ -124,7 +124,9 @@ def count_rows(manifest: Path) -> dict[str, Any]:
     """Clips kept and dropped, with the reasons, of the last manifest."""
     table = read_manifest(manifest).select(["source", "dropped_by", "drop_reason"]).to_pylist()
     dropped = [row for row in table if row["dropped_by"]]
-    examples = {row["dropped_by"]: f"{Path(row['source']).name}: {row['drop_reason']}" for row in reversed(dropped)}
+    examples = {
+        row["dropped_by"]: row["drop_reason"].replace(row["source"], Path(row["source"]).name) for row in dropped
+    }
     return {
         "files": len({row["source"] for row in table}),
         "clips_kept": len(table) - len(dropped),

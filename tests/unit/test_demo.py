@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
 from training import demo
 from training.demo_steps import DemoConfig, Step, kill_step, requests
@@ -65,6 +66,13 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no demo"):
             demo._open_folder(tmp_path, force)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_sizes_of_nothing_and_unknown_keys_are_refused() -> None:
+    with pytest.raises(UserError, match="samples=0 must be at least 1"):
+        load_config(DemoConfig, None, ["samples=0"])
+    with pytest.raises(UserError, match="unknown field 'clip'; did you mean 'clips'"):
+        load_config(DemoConfig, None, ["clip=3"])
 
 
 def test_requests_cover_everything_with_seeds_of_their_own() -> None:
