@@ -49,6 +49,7 @@ def write_contact_sheet(
     path = Path(path)
     if not rows:
         raise UserError(f"contact sheet {path}: there are no videos to show")
+    # Checked before anything is drawn, so that bad input leaves no half a picture.
     for caption, frames in rows:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
             raise UserError(

@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
 def examine() -> list[Check]:
     """All checks, in the order of the report."""
     checks = [*check_system(), *check_packages(installed_requirements())]
+    # What failed to import in a child process is not imported here either: it may end the interpreter.
     if any(check.name == "torch" and check.status == "ok" for check in checks):
         checks += [*check_torch(), check_gloo()]
     if any(check.name == "av" and check.status == "ok" for check in checks):
@@ -158,6 +159,7 @@ def check_packages(requirements: Iterable[str]) -> Iterator[Check]:
     parsed = [Requirement(line) for line in requirements]
     if not parsed:
         yield Check("packages", "megatron-video", "failed", "not installed", "pip install -e . (or: make setup)")
+    # Developer tools come with extras too, but are nobody's concern here.
     wanted = [r for r in parsed if r.name in PACKAGES or r.marker is None]
     present = [r.name for r in wanted if _version(r.name)]
     errors = _import_errors([PACKAGES[name][0] for name in present if name in PACKAGES])
@@ -169,9 +171,11 @@ def check_packages(requirements: Iterable[str]) -> Iterator[Check]:
         status: Status = "warning" if optional else "failed"
         section = "optional packages" if optional else "packages"
         if version is None:
+            # The marker reads: extra == "gpu".
             extra = str(requirement.marker).split('"')[1] if optional else ""
             advice = f'pip install -e ".[{extra}]" in the checkout' if extra else f'pip install "{line}"'
             yield Check(section, requirement.name, "note" if optional else status, f"missing: {role}", advice)
+        # torch's CPU builds are local versions (2.13.0+cpu), nightly ones pre-releases: both count.
         elif not requirement.specifier.contains(version, prereleases=True):
             yield Check(
                 section, requirement.name, status, f"{version} is out of range: {role}", f'pip install "{line}"'
@@ -190,6 +194,7 @@ def check_torch() -> Iterator[Check]:
     yield Check("backends", "gloo", "ok" if torch.distributed.is_gloo_available() else "failed", "CPU communication")
     if not torch.cuda.is_available():
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        # A driver without a GPU in torch is a mistake; no driver at all is a machine without GPUs.
         driver = shutil.which("nvidia-smi") is not None
         advice = "install a CUDA build of torch that fits the driver (nvidia-smi shows it)" if driver else ""
         yield Check("backends", "cuda", "warning" if driver else "note", f"no usable GPU; {build}", advice)
@@ -204,6 +209,7 @@ def check_torch() -> Iterator[Check]:
 
 def check_gloo() -> Check:
     """Start two ranks with torchrun as training does, and let them add numbers."""
+    # torchrun with the sockets it really uses: an odd host name or a firewall shows here, not in the first training.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
@@ -260,6 +266,7 @@ def format_checks(checks: Sequence[Check]) -> str:
 def available_cores() -> int:
     """Cores that this process may use (affinity mask and container quota)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # "max 100000" or "200000 100000": microseconds of CPU time per period.
     quota = _read("/sys/fs/cgroup/cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
         return max(1, min(affinity, int(quota[0]) // int(quota[1])))
@@ -290,6 +297,7 @@ def _check_temporary_folder() -> Check:
 
 
 def _cpu_flags() -> str:
+    # The ones that decide how fast torch's kernels are.
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve")
     flags = set(_read("/proc/cpuinfo").split())
     return " ".join(flag for flag in wanted if flag in flags) or "no vector extensions known"
@@ -315,6 +323,7 @@ def _import_errors(modules: Sequence[str]) -> dict[str, str]:
         tried = [line[1] for line in lines if line[0] == "try"]
         if result.returncode == 0 or not tried:
             break
+        # The child died in its last try: name that module, go on with the ones after it.
         errors[tried[-1]] = f"the interpreter died with code {result.returncode}"
         left = left[left.index(tried[-1]) + 1 :]
     return errors

@@ -41,12 +41,14 @@ class DemoState:
         self.keys: dict[str, str] = {}
         key = ""
         for step in steps:
+            # Chained: a step is redone when anything before it was done differently.
             key = hashlib.sha256(json.dumps([key, *step.command, step.kill_at]).encode()).hexdigest()[:16]
             self.keys[step.name] = key
 
     def seconds(self, step: Step) -> float | None:
         """Time that the finished step took; None if it is to be run."""
         record = self.records.get(step.name, {})
+        # Outputs that were deleted by hand are made again.
         done = record.get("finished") and record.get("key") == self.keys[step.name]
         return float(record["seconds"]) if done and all(path.exists() for path in step.outputs) else None
 
@@ -86,6 +88,7 @@ def run_demo(config: DemoConfig, out: Path) -> dict[str, Any] | None:
     """Run the steps that are not done yet and write `summary.json`; None if a step failed."""
     steps = plan_steps(config, out)
     state = DemoState(out, steps)
+    # A summary of an earlier demo must not be taken for this one's if a step fails.
     (out / "summary.json").unlink(missing_ok=True)
     write_prompts(config, out)
     print(f"{len(steps)} steps, logs in {out / 'logs'}", flush=True)
@@ -114,6 +117,7 @@ def _run_step(step: Step, number: int, total: int, state: DemoState, out: Path) 
     print(f"\n{head}\n  $ {step.shown()}", flush=True)
     state.begin(step)
     log, started = log_path(out, number, step), time.monotonic()
+    # None stays when Ctrl-C ends the step: the time is kept, the step is not finished.
     code: int | None = None
     try:
         code = _execute(step, log, out)
@@ -137,6 +141,7 @@ def _execute(step: Step, log: Path, out: Path) -> int:
     if code == 0:
         print(f"  the job ended before it could be killed after step {kill_at}", file=sys.stderr)
         return 1
+    # It died of something else before its time.
     if last_logged_step(run) < kill_at:
         return code
     print(f"  SIGKILL to all ranks after step {last_logged_step(run)}", flush=True)
@@ -151,6 +156,7 @@ def _open_folder(out: Path, force: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    # Only what the state file marks as a demo's is ever deleted, with or without --force.
     if out.is_dir() and any(out.iterdir()) and not (out / STATE_FILE).is_file():
         raise UserError(f"--out {out} holds something that is no demo; name another folder")
     if force and out.is_dir():

@@ -213,6 +213,7 @@ def _data_steps(config: DemoConfig, at: Layout) -> list[Step]:
 
 
 def _encoder_steps(config: DemoConfig, at: Layout) -> list[Step]:
+    # Tokenizers and the VAE see the kept clips only, as they would in a real run.
     manifest, vae, text, shards = at.manifest("filter"), at.vae, at.text, at.shards
     build = ["text", "build", "--captions", manifest, "--out", text, "--seed", config.seed, *config.text]
     settings = [f"manifest={manifest}", f"output={vae}", f"seed={config.seed}", *config.vae]
@@ -229,6 +230,7 @@ def _train_steps(config: DemoConfig, at: Layout) -> list[Step]:
     settings = pretrain_config(config, at.out).training
     overrides = _pretrain_overrides(config, at)
     launch = ("--standalone", "--nproc-per-node", str(config.ranks), "-m", "training.pretrain", "--config", "demo")
+    # Both lives are the same command: that is what a scheduler starts again after a node is lost.
     command = (*TORCHRUN, *launch, *overrides)
     threads = _threads_per_rank(config)
     killed_at = kill_step(settings.steps, settings.save_every)
@@ -252,6 +254,7 @@ def _pretrain_overrides(config: DemoConfig, at: Layout) -> list[str]:
 
 
 def _result_steps(config: DemoConfig, at: Layout) -> list[Step]:
+    # The released form keeps dtypes, so the way back must give equal bits.
     there = ["ckpt", "convert", "--in", at.run, "--out", at.released]
     back = ["ckpt", "convert", "--in", at.released, "--out", at.returned]
     steps = [

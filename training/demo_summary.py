@@ -43,6 +43,7 @@ def summarise(
         "vae": json.loads((at.vae / "report.json").read_text(encoding="utf-8")),
         "training": describe_training(lives, config, out),
         "resume_check": check_resume(lives, pretrain_config(config, out).training.steps),
+        # The last line that `ckpt compare --json` printed; exit code 1 would have stopped the demo.
         "conversion_check": json.loads(logs["compare"].read_text(encoding="utf-8").splitlines()[-1]),
         "accuracy": {name: _accuracy(at.measurement(name)) for name in ("real", "trained", "untrained")},
         "samples": len(at.prompts.read_text(encoding="utf-8").splitlines()),
@@ -87,6 +88,7 @@ def check_resume(lives: Mapping[int, Mapping[int, Mapping[str, Any]]], steps: in
         name: max((abs(line[name] - by_step[s][0][name]) for s in repeated for line in by_step[s]), default=None)
         for name in ("loss", "grad_norm")
     }
+    # A gap would mean data that was skipped, or a step that nobody can account for.
     missing = sorted(set(range(1, steps + 1)) - set(by_step))
     return {
         "lives": [{"life": life, "first_step": min(lines), "last_step": max(lines)} for life, lines in lives.items()],
@@ -96,6 +98,7 @@ def check_resume(lives: Mapping[int, Mapping[int, Mapping[str, Any]]], steps: in
         "max_loss_difference": differences["loss"],
         "max_grad_norm_difference": differences["grad_norm"],
         "missing_steps": missing,
+        # Nothing repeated means that nothing was compared; that is no pass.
         "passed": bool(repeated) and not missing and all(value == 0 for value in differences.values()),
     }
 
@@ -203,6 +206,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 
 def _accuracy(report: Path) -> dict[str, Any]:
     measured: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    # One entry a video; they stay in the report that the summary names.
     del measured["details"]
     return {**measured, "report": str(report)}
 

@@ -57,6 +57,7 @@ class Measurement:
 def main(argv: Sequence[str]) -> None:
     """Measure and print a table, or JSON."""
     arguments = _parser().parse_args(argv)
+    # argparse sees to it that exactly one of the two is given.
     source = arguments.samples or arguments.manifest
     clips = samples_of(arguments.samples) if arguments.samples else clips_of_manifest(arguments.manifest)
     measurements = [measure(clip) for clip in tqdm(clips[: arguments.limit], desc="measure", disable=None)]
@@ -92,6 +93,7 @@ def clips_of_manifest(path: Path) -> list[Clip]:
     Raises:
         UserError: not a manifest, or nothing in it to measure.
     """
+    # Spans, not files: a file with a cut holds two clips.
     rows = [row for row in kept_rows(read_manifest(path)) if not row["is_image"]]
     if not rows:
         raise UserError(f"--manifest {path}: no videos are kept in it")
@@ -114,6 +116,7 @@ def summarise(measurements: Sequence[Measurement], source: str) -> dict[str, Any
         UserError: no caption asks for a colour or direction the ruler knows.
     """
     results = {attribute: [m.correct(attribute) for m in measurements] for attribute in CHANCE}
+    # Only captions that ask for both count; a clip with a cut asks for two directions, that is for none.
     both = [c and d for c, d in zip(*results.values(), strict=True) if c is not None and d is not None]
     report: dict[str, Any] = {"source": source, "videos": len(measurements)}
     for attribute, correct in results.items():
@@ -125,6 +128,7 @@ def summarise(measurements: Sequence[Measurement], source: str) -> dict[str, Any
     if both:
         report["both"] = _accuracy(both, math.prod(CHANCE.values()))
     report["no_foreground"] = sum(m.seen.colour is None for m in measurements)
+    # Without a foreground there is nothing to move, so such a video counts once, above.
     report["no_motion"] = sum(m.seen.direction is None and m.seen.colour is not None for m in measurements)
     return report
 
@@ -185,6 +189,7 @@ def _by_class(measurements: Sequence[Measurement], attribute: str) -> dict[str, 
         seen = [getattr(m.seen, attribute) or "none" for m in measurements if getattr(m.asked, attribute) == name]
         counts = {value: seen.count(value) for value in sorted(set(seen), key=lambda v: -seen.count(v))}
         if seen:
+            # "none" among the seen ones is a video without foreground or motion.
             table[name] = {"correct": counts.get(name, 0), "total": len(seen), "seen": counts}
     return table
 

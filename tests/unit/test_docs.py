@@ -16,7 +16,9 @@ PAGES = [ROOT / "README.md", ROOT / "slurm" / "README.md", *sorted((ROOT / "docs
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
-    for command, stage in re.findall(r"megatron-video ([a-z][a-z-]*)(?: ([a-z][a-z-]*))?", page.read_text(encoding="utf-8")):
+    for command, stage in re.findall(
+        r"megatron-video ([a-z][a-z-]*)(?: ([a-z][a-z-]*))?", page.read_text(encoding="utf-8")
+    ):
         assert command in COMMANDS
         assert command != "data" or stage in {"", *STAGES}
 
