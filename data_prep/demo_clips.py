@@ -60,9 +60,10 @@ FPS = 24
 MIN_FRAMES, MAX_FRAMES = 24, 27  # at least 17 are left after segment drops three at each end
 REFERENCE_STEPS = 16  # the travel below is over 17 frames
 TRAVEL_SHARE = (0.34, 0.48)  # of the frame's side along the motion
-RADIUS_SHARE = (0.15, 0.20)  # of the shorter side
+RADIUS_SHARE = (0.21, 0.26)  # of the shorter side
 MARGIN = 2  # pixels between a shape and the edge
-BACKGROUND_GREY = (30, 150)  # above what counts as black border
+BACKGROUND_GREY = (32, 64)  # above what counts as black border
+CUT_BACKGROUND_GREY = (30, 150)  # of the scene after a cut
 MIN_CONTRAST = 28  # grey levels between shape and background, so that motion is seen without colour too
 BORDER_ROWS = 12
 MIN_CLIPS = 12
@@ -243,7 +244,8 @@ def _plan_scene(
 
 def _background(rng: np.random.Generator, colour: np.ndarray, apart_from: int | None = None) -> int:
     """A grey that contrasts with the shape, and with the scene before a cut."""
-    levels = np.arange(BACKGROUND_GREY[0], BACKGROUND_GREY[1] + 1)
+    lowest, highest = BACKGROUND_GREY if apart_from is None else CUT_BACKGROUND_GREY
+    levels = np.arange(lowest, highest + 1)
     fits = np.abs(levels - colour @ np.array([0.299, 0.587, 0.114])) >= MIN_CONTRAST
     if apart_from is not None:
         fits &= np.abs(levels - apart_from) >= MIN_CONTRAST

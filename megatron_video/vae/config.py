@@ -6,6 +6,7 @@ from megatron_video.config_io import config_dataclass
 from megatron_video.errors import UserError
 
 SPATIAL_STRIDE = 16
+NORM_GROUPS = 32
 NUM_LEVELS = 4
 # Every latent channel meets this many channels between the latent and the (un)patchify layers.
 BOTTLENECK_EXPANSION = 32
@@ -27,8 +28,6 @@ class VAEConfig:
     """Width of each decoder level, shallow to deep, in units of decoder_channels."""
     num_res_blocks: int = 2
     """Residual blocks per encoder level; a decoder level has one more."""
-    norm_groups: int = 32
-    """Groups of every GroupNorm. Narrow models want fewer: groups of one channel lose a picture's brightness."""
     chunk_frames: int = 17
     """Frames that are encoded together; chunks share nothing."""
     chunk_latents: int = 3
@@ -36,9 +35,10 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         """Refuse widths that the norms or the shortcuts cannot divide."""
-        for name in ("latent_channels", "num_res_blocks", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.latent_channels, self.num_res_blocks) < 1:
+            raise ValueError(
+                f"latent_channels={self.latent_channels} and num_res_blocks={self.num_res_blocks} must be at least 1"
+            )
         self._check_widths("encoder", self.encoder_channels, self.encoder_multipliers)
         self._check_widths("decoder", self.decoder_channels, self.decoder_multipliers)
         latents = num_latent_frames(self.chunk_frames, self.chunk_frames)
@@ -49,8 +49,8 @@ class VAEConfig:
         if len(multipliers) != NUM_LEVELS:
             raise ValueError(f"{part}_multipliers={list(multipliers)} must name {NUM_LEVELS} levels")
         widths = [channels, *(channels * multiplier for multiplier in multipliers)]
-        if any(width < 1 or width % self.norm_groups for width in widths):
-            raise ValueError(f"{part} widths {widths} must be multiples of norm_groups={self.norm_groups}")
+        if any(width < 1 or width % NORM_GROUPS for width in widths):
+            raise ValueError(f"{part} widths {widths} must be multiples of {NORM_GROUPS} (groups of the norms)")
         if widths[-1] % (4 * self.latent_channels):
             raise ValueError(
                 f"deepest {part} width {widths[-1]} must be a multiple of 4 * latent_channels = "

@@ -16,13 +16,11 @@ WARMUP_FRAMES = 3
 class DecoderLevel(nn.Module):
     """Residual blocks of one width, then the change of resolution."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, upsampler: type[nn.Module] | None, groups: int
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, upsampler: type[nn.Module] | None) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (num_blocks - 1)
-        self.block = nn.ModuleList(ResBlock(channels, out_channels, groups) for channels in inputs)
-        self.upsample = upsampler(out_channels, groups) if upsampler else None
+        self.block = nn.ModuleList(ResBlock(channels, out_channels) for channels in inputs)
+        self.upsample = upsampler(out_channels) if upsampler else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -39,13 +37,13 @@ class VideoDecoder(nn.Module):
         inputs = (*widths[1:], widths[-1])
         self.conv_in = CausalConv(config.latent_channels, config.bottleneck_channels)
         self.conv_unpatchify = Unpatchify(config.bottleneck_channels, widths[-1])
-        self.mid = MiddleBlock(widths[-1], config.norm_groups)
+        self.mid = MiddleBlock(widths[-1])
         # Index 0 is the finest level, as in the checkpoint; they run from the last to the first.
         self.up = nn.ModuleList(
-            DecoderLevel(in_channels, width, config.num_res_blocks + 1, upsampler, config.norm_groups)
+            DecoderLevel(in_channels, width, config.num_res_blocks + 1, upsampler)
             for in_channels, width, upsampler in zip(inputs, widths, UPSAMPLERS, strict=True)
         )
-        self.norm_out = FrameGroupNorm(widths[0], config.norm_groups)
+        self.norm_out = FrameGroupNorm(widths[0])
         self.conv_out = CausalConv3d(widths[0], 3)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ class EncoderLevel(nn.Module):
     """Residual blocks of one width, then the change of resolution."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, downsampler: type[nn.Module] | None, groups: int
+        self, in_channels: int, out_channels: int, num_blocks: int, downsampler: type[nn.Module] | None
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (num_blocks - 1)
-        self.block = nn.ModuleList(ResBlock(channels, out_channels, groups) for channels in inputs)
+        self.block = nn.ModuleList(ResBlock(channels, out_channels) for channels in inputs)
         self.downsample = downsampler(out_channels) if downsampler else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ class VideoEncoder(nn.Module):
         self.moment_channels = 2 * config.latent_channels
         self.conv_in = CausalConv(3, config.encoder_channels)
         self.down = nn.ModuleList(
-            EncoderLevel(in_channels, width, config.num_res_blocks, downsampler, config.norm_groups)
+            EncoderLevel(in_channels, width, config.num_res_blocks, downsampler)
             for in_channels, width, downsampler in zip(inputs, widths, DOWNSAMPLERS, strict=True)
         )
-        self.mid = MiddleBlock(widths[-1], config.norm_groups)
-        self.norm_out = FrameGroupNorm(widths[-1], config.norm_groups)
+        self.mid = MiddleBlock(widths[-1])
+        self.norm_out = FrameGroupNorm(widths[-1])
         self.conv_patchify = Patchify(widths[-1], config.bottleneck_channels)
         self.conv_out = CausalConv(config.bottleneck_channels, self.moment_channels)
 

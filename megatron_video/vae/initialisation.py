@@ -11,7 +11,7 @@ from megatron_video.vae.autoencoder import VideoVAE
 from megatron_video.vae.primitives import CausalAttention, ResBlock
 
 # A posterior that starts narrow lets the decoder see what the encoder says before the KL term widens it.
-INITIAL_LOGVAR = -3.0
+INITIAL_LOGVAR = -6.0
 OUTPUT_GAIN = 0.3
 
 
@@ -21,7 +21,7 @@ def initialise(vae: VideoVAE, seed: int) -> None:
 
     Convolutions keep the variance of their input (normal, 1 / fan-in); every residual block and the attention start
     as the identity (zero last convolution), so at first the shortcuts carry the signal; norms are 1 and 0; the
-    posterior starts with a standard deviation of exp(-1.5), and the frames start grey.
+    posterior starts with a standard deviation of exp(-3), and the frames start grey.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in vae.modules():

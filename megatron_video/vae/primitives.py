@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_video.vae.config import NORM_GROUPS
+
 NORM_EPS = 1e-5
 # Some convolution kernels index with 32 bits; larger inputs are convolved in pieces along time, with equal results.
 MAX_CONV_ELEMENTS = 2**30
@@ -31,8 +33,8 @@ def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
 class FrameGroupNorm(nn.GroupNorm):
     """GroupNorm whose statistics are those of one frame."""
 
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(groups, channels, eps=NORM_EPS)
+    def __init__(self, channels: int) -> None:
+        super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         # torch's kernels for channels-last norms are up to 20 times slower on CPU than two changes of layout.
@@ -88,11 +90,11 @@ class CausalConv(nn.Module):
 class ResBlock(nn.Module):
     """Two norm-SiLU-convolution layers with a skip; a 1x1x1 convolution in the skip where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = FrameGroupNorm(in_channels, groups)
+        self.norm1 = FrameGroupNorm(in_channels)
         self.conv1 = CausalConv(in_channels, out_channels)
-        self.norm2 = FrameGroupNorm(out_channels, groups)
+        self.norm2 = FrameGroupNorm(out_channels)
         self.conv2 = CausalConv(out_channels, out_channels)
         self.nin_shortcut = CausalConv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -108,9 +110,9 @@ class CausalAttention(nn.Module):
     The mask is causal inside a frame too: it belongs to the released weights.
     """
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = FrameGroupNorm(channels, groups)
+        self.norm = FrameGroupNorm(channels)
         self.q = CausalConv(channels, channels, 1)
         self.k = CausalConv(channels, channels, 1)
         self.v = CausalConv(channels, channels, 1)
@@ -131,11 +133,11 @@ def _to_tokens(x: Tensor) -> Tensor:
 class MiddleBlock(nn.Module):
     """Residual block, attention, residual block at the deepest width."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, groups)
-        self.attn_1 = CausalAttention(channels, groups)
-        self.block_2 = ResBlock(channels, channels, groups)
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = CausalAttention(channels)
+        self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))

@@ -77,9 +77,9 @@ class Downsample3D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Twice the height and width by repetition, then a convolution, frame by frame; it has no norm to group."""
+    """Twice the height and width by repetition, then a convolution, frame by frame."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -89,12 +89,12 @@ class Upsample2D(nn.Module):
 
 
 class _UpsampleConvs(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = CausalConv(channels, channels)
-        self.norm1 = FrameGroupNorm(channels, groups)
+        self.norm1 = FrameGroupNorm(channels)
         self.conv2 = CausalConv(channels, channels)
-        self.norm2 = FrameGroupNorm(channels, groups)
+        self.norm2 = FrameGroupNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2(self.conv2(norm_silu(self.norm1, self.conv1(x))))
@@ -104,9 +104,9 @@ class _UpsampleConvs(nn.Module):
 class Upsample3D(nn.Module):
     """Twice the frames, height and width by repetition, then two convolutions, each before its norm."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv3d = _UpsampleConvs(channels, groups)
+        self.conv3d = _UpsampleConvs(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv3d(F.interpolate(x, scale_factor=2.0, mode="nearest"))

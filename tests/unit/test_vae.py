@@ -80,7 +80,7 @@ def test_sizes_and_ranks_that_do_not_fit_are_refused(tiny_vae: VideoVAE) -> None
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"encoder_channels": 48}, "multiples of norm_groups=32"),
+        ({"encoder_channels": 48}, "multiples of 32"),
         ({"decoder_multipliers": (1, 2, 4)}, "4 levels"),
         ({"latent_channels": 48}, "4 \\* latent_channels = 192"),
         ({"chunk_latents": 5}, "gives 3 latents"),
