@@ -50,7 +50,7 @@ class DemoConfig:
     """Videos of the trained and of the untrained model: 4 colours x 4 directions x 2 languages in turn."""
     sampling_steps: int = 30
     """Euler steps."""
-    guidance: float = 4.0
+    guidance: float = 7.0
     """Classifier-free guidance scale."""
     time_shift: float = 1.0
     """Shift of the sampling times."""
