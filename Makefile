@@ -30,8 +30,8 @@ setup: $(STAMP)
 $(STAMP): setup.py requirements-cpu.txt megatron_video/VERSION
 	@echo "== setup 1/4: Python"
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
-	  ok = sys.version_info >= (3, 10); print("using", sys.executable, v); \
-	  sys.exit(None if ok else "Python 3.10 or newer is needed; %s is %s. Use: make PYTHON=python3.11 ..." % (sys.executable, v))'
+	  ok = sys.version_info >= (3, 11); print("using", sys.executable, v); \
+	  sys.exit(None if ok else "Python 3.11 or newer is needed; %s is %s. Use: make PYTHON=python3.12 ..." % (sys.executable, v))'
 	@echo "== setup 2/4: virtual environment $(VENV)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "== setup 3/4: torch (about 1 GB on disk, the longest part)"

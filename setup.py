@@ -21,7 +21,7 @@ REQUIRED = [
     "PyYAML>=6,<7",
     "webdataset>=1.0,<2",
     "pyarrow>=18,<30",
-    "av>=14,<19",
+    "av>=18,<19",
     "scenedetect-headless>=0.7,<0.8",  # the plain package pulls the OpenCV build that needs libGL
     "opencv-python-headless>=5,<6",  # from 5 on it brings a font that writes Chinese captions
     "pillow>=10,<13",
@@ -50,7 +50,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["megatron_video*", "data_prep*", "training*", "checkpoints_tools*"]),
     package_data={"megatron_video": ["VERSION"], "training": ["configs/*.yaml"], "data_prep": ["*.yaml"]},
     install_requires=REQUIRED,

@@ -25,7 +25,7 @@ from megatron_video.cli import run_command
 
 Status = Literal["ok", "note", "warning", "failed"]
 GIB = 1 << 30
-MIN_PYTHON = (3, 10)
+MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_GIB = 5
 MIN_MEMORY_GIB = 8
 SELF_TEST_SECONDS = 120
@@ -128,7 +128,7 @@ def check_system() -> Iterator[Check]:
     """Python, operating system, processor, memory, disk, temporary folder."""
     python = f"{platform.python_version()} at {sys.executable}"
     new_enough = sys.version_info >= MIN_PYTHON
-    yield Check("system", "python", "ok" if new_enough else "failed", python, "" if new_enough else "use 3.10 or newer")
+    yield Check("system", "python", "ok" if new_enough else "failed", python, "" if new_enough else "use 3.11 or newer")
     yield Check("system", "platform", "ok", f"{platform.platform()}, {platform.machine()}")
     yield Check("system", "cores", "ok", f"{available_cores()} usable of {os.cpu_count()}; {_cpu_flags()}")
     memory = memory_bytes() / GIB

@@ -9,7 +9,7 @@ import json
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def summarise(
     lives = read_lives(at.run)
     summary: dict[str, Any] = {
         "summary_version": SUMMARY_VERSION,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": [
             {"name": s.name, "seconds": round(seconds[s.name], 1), "command": s.shown(), "log": str(logs[s.name])}
             for s in steps

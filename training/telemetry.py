@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def record_life(run_dir: Path, first_step: int) -> int:
     lives.append(
         {
             "life": len(lives) + 1,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "first_step": first_step,
             "command": sys.argv,
             "world_size": int(os.environ.get("WORLD_SIZE", "1")),
