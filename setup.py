@@ -29,7 +29,6 @@ REQUIRED = [
     "tokenizers>=0.21,<0.24",
     "sentencepiece>=0.2,<0.3",
     "tensorboard>=2.18,<3",
-    "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
 ]
 
@@ -40,7 +39,15 @@ EXTRAS = {
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
     # ZeRO data parallelism for training the Video-VAE.
     "vae": ["deepspeed>=0.19,<0.20"],
-    "dev": ["pytest>=8,<10", "hypothesis>=6,<7", "ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML", "types-tqdm"],
+    "dev": [
+        "matplotlib>=3.9,<4",
+        "pytest>=8,<10",
+        "hypothesis>=6,<7",
+        "ruff>=0.8,<1",
+        "mypy>=1.13,<3",
+        "types-PyYAML",
+        "types-tqdm",
+    ],
 }
 
 setup(

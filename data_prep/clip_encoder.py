@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.encode_plan import STAGE, PlannedShard, crop_of, window_of
-from megatron_video.buckets import Bucket
+from data_prep.encode_plan import STAGE, PlannedShard, window_of
+from megatron_video.buckets import Bucket, crop_of
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, dropped
 from megatron_video.shard_schema import ShardSample, file_sha256

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_video.buckets import Bucket, choose_bucket
+from megatron_video.buckets import Bucket, bucket_of
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, dropped
 from megatron_video.shard_schema import shard_name
-from megatron_video.video_io import CropBox
 
 STAGE = "encode"
 
@@ -52,21 +51,6 @@ def plan_shards(
         for start in range(0, len(members), samples_per_shard)
     ]
     return [PlannedShard(shard_name(n), bucket, group) for n, (bucket, group) in enumerate(groups)], unplaced
-
-
-def bucket_of(row: Row, buckets: Sequence[Bucket]) -> Bucket | None:
-    """Bucket of a clip by its length and the aspect ratio inside its black borders."""
-    box = crop_of(row)
-    width, height = (box.width, box.height) if box else (row["width"], row["height"])
-    return choose_bucket(buckets, row["end_frame"] - row["start_frame"], height, width, row["is_image"])
-
-
-def crop_of(row: Row) -> CropBox | None:
-    """The box inside black borders; None if there are none, or the clip is not tagged."""
-    # Null where `tag` was not run: then nothing is known to cut off.
-    if not row["border_share"]:
-        return None
-    return CropBox(row["crop_x"], row["crop_y"], row["crop_width"], row["crop_height"])
 
 
 def window_of(row: Row, bucket: Bucket) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from megatron_video.errors import UserError
 from megatron_video.flops import LatentShape, latent_shape
+from megatron_video.manifest import Row
+from megatron_video.video_io import CropBox
 
 
 class Bucket(NamedTuple):
@@ -70,3 +72,18 @@ def choose_bucket(
         return round(abs(math.log(bucket.width / bucket.height) - aspect), 9), -bucket.height * bucket.width
 
     return min((bucket for bucket in fitting if bucket.frames == most), key=distance)
+
+
+def bucket_of(row: Row, buckets: Sequence[Bucket]) -> Bucket | None:
+    """Bucket of a clip by its length and the aspect ratio inside its black borders."""
+    box = crop_of(row)
+    width, height = (box.width, box.height) if box else (row["width"], row["height"])
+    return choose_bucket(buckets, row["end_frame"] - row["start_frame"], height, width, row["is_image"])
+
+
+def crop_of(row: Row) -> CropBox | None:
+    """The box inside black borders; None if there are none, or the clip is not tagged."""
+    # Null where `tag` was not run: then nothing is known to cut off.
+    if not row["border_share"]:
+        return None
+    return CropBox(row["crop_x"], row["crop_y"], row["crop_width"], row["crop_height"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_case" in metafunc.fixturenames:
         cases = find_golden_cases(metafunc.config.getoption("--golden-dir"))
         metafunc.parametrize("golden_case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_groups_left() -> Iterator[None]:
+    """megatron-core's groups are global: one module's tests must not leave them to the next's."""
+    yield
+    if "megatron.core.parallel_state" in sys.modules:
+        from megatron_video.parallel import destroy_parallel
+
+        destroy_parallel()
 
 
 @pytest.fixture(scope="session")

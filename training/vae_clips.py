@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_video.buckets import Bucket, choose_bucket
+from megatron_video.buckets import Bucket, bucket_of, crop_of
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, kept_rows, read_manifest
 from megatron_video.noise import NoiseSource
-from megatron_video.video_io import CropBox, read_frames
+from megatron_video.video_io import read_frames
 from training.vae_config import VAEStage, VAETrainConfig
 
 Frames = npt.NDArray[np.uint8]
@@ -47,13 +46,12 @@ class Clip:
 
     def decode(self, start: int, frames: int) -> Frames:
         """uint8 [frames, H, W, 3], `start` frames into the span."""
-        box = CropBox(*(self.row[f"crop_{side}"] for side in ("x", "y", "width", "height")))
         return read_frames(
             self.row["source"],
             self.row["start_frame"] + start,
             frames,
             size=(self.bucket.height, self.bucket.width),
-            crop=box if self.row["border_share"] else None,
+            crop=crop_of(self.row),
         )
 
 
@@ -149,7 +147,7 @@ def _by_bucket(config: VAETrainConfig) -> dict[Bucket, list[Clip]]:
     buckets = config.parsed_buckets()
     groups: dict[Bucket, list[Clip]] = {}
     for row in kept_rows(read_manifest(config.manifest)):
-        bucket = _bucket_of(row, buckets)
+        bucket = bucket_of(row, buckets)
         if bucket is not None:
             groups.setdefault(bucket, []).append(Clip(row, bucket))
     if not groups:
@@ -162,12 +160,6 @@ def _by_bucket(config: VAETrainConfig) -> dict[Bucket, list[Clip]]:
         # By hash: the split does not depend on the manifest's order, and is not one by time of recording.
         clips.sort(key=lambda clip: hashlib.blake2b(clip.row["clip_id"].encode()).digest())
     return dict(sorted(groups.items()))
-
-
-def _bucket_of(row: Row, buckets: Sequence[Bucket]) -> Bucket | None:
-    bordered = bool(row["border_share"])
-    height, width = (row["crop_height"], row["crop_width"]) if bordered else (row["height"], row["width"])
-    return choose_bucket(buckets, row["end_frame"] - row["start_frame"], height, width, row["is_image"])
 
 
 def _num_held_out(num_clips: int, config: VAETrainConfig) -> int:
