@@ -78,7 +78,10 @@ def _check_gradients(model: VideoDiT, inputs: dict[str, Tensor], recorded: dict[
     loss.backward()
     names = released_names(model.dit_config)
     for ours, parameter in model.named_parameters():
-        expected = recorded[f"grad.{names[ours]}"]
+        expected = recorded.get(f"grad.{names[ours]}")
+        if expected is None or not expected.any():  # an embedder whose condition was not given
+            assert parameter.grad is None or not parameter.grad.any(), f"{name}: a gradient for {ours}"
+            continue
         assert parameter.grad is not None, f"{name}: no gradient for {ours}"
         error = (parameter.grad - expected).norm() / expected.norm().clamp(min=1e-12)
         assert error <= RELATIVE_GRADIENT, f"{name} gradient of {names[ours]}: relative error {error:.3g}"
@@ -90,11 +93,13 @@ def _check_bf16(
     """The released pipeline's bf16, roundings of time and rotary angles included.
 
     Those two roundings are what moves the released output away from fp32 (by up to 1.0 in these cases). Our kernels
-    round at other places inside a block, which is allowed a tenth of that distance, and never less than 0.05.
+    round at other places inside a block: that is allowed a tenth of this distance, or four units in the last place of
+    the largest output.
     """
     model = load_reference_model(meta["config"], weights, torch.bfloat16)
     cast = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad():
         actual = model(**cast)
     recorded_distance = (tensors["out"] - tensors["out_bf16"]).abs().max().item()
-    assert_close(actual, tensors["out_bf16"], max(0.05, 0.1 * recorded_distance), f"{name} bf16 output")
+    last_places = 2**-6 * tensors["out_bf16"].abs().max().item()
+    assert_close(actual, tensors["out_bf16"], max(last_places, 0.1 * recorded_distance), f"{name} bf16 output")
