@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.enums import ModelType
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -37,8 +36,6 @@ def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list
         overlap_param_gather=parallel.overlap_param_gather,
     )
     config = chunks[0].config
-    for chunk in chunks:
-        chunk.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
     model = [
         # Later chunks reduce while earlier ones still compute: no use in cutting them into buckets.
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     checkpoint,
@@ -49,6 +50,7 @@ class VideoDiT(MegatronModule):
     """One stage of the DiT. Between stages travels one tensor, the hidden states [s, b, D] of this rank's tokens."""
 
     share_embeddings_and_output_weights = False  # megatron-core asks when it reduces embedding gradients
+    model_type = ModelType.encoder_or_decoder  # and its schedules for this
 
     def __init__(
         self, dit: DiTConfig, config: TransformerConfig, spec: LayerSpec, stage: Stage, groups: ProcessGroupCollection
