@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,8 +55,10 @@ def convert(source_path: Path, output: Path, *, shard_bytes: int, verify: bool) 
     if output.exists():
         raise UserError(f"{output} exists already; choose another --out or remove it")
     source = open_checkpoint(source_path)
-    names, shapes = _check_names(source), expected_shapes(source.config)
-    tensors = _checked_tensors(source, names, shapes, f"convert {source_path.name}")
+    _check_names(source)
+    shapes = expected_shapes(source.config)
+    read: dict[str, str] = {}
+    tensors = _checked_tensors(source, shapes, read)
     writing = output.with_name(output.name + WRITING_SUFFIX)
     shutil.rmtree(writing, ignore_errors=True)
     writing.parent.mkdir(parents=True, exist_ok=True)
@@ -65,23 +67,20 @@ def convert(source_path: Path, output: Path, *, shard_bytes: int, verify: bool) 
     else:
         write_core(writing, source.config, tensors)
     if verify:
-        _verify(source, open_checkpoint(writing))
+        _verify(read, open_checkpoint(writing))
     os.replace(writing, output)
     direction: Literal["core -> released", "released -> core"] = (
         "core -> released" if isinstance(source, CoreCheckpoint) else "released -> core"
     )
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return Conversion(str(source_path), str(output), direction, len(names), parameters, verify)
+    return Conversion(str(source_path), str(output), direction, len(shapes), parameters, verify)
 
 
 def digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Released name -> sha256 over dtype, shape and bytes of every tensor."""
     found = {}
     for theirs, own in tqdm(sorted(_own_names(checkpoint).items()), desc="hash", disable=None):
-        tensor = checkpoint.tensor(own).contiguous()
-        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-        found[theirs] = digest.hexdigest()
+        found[theirs] = _digest(checkpoint.tensor(own))
     return found
 
 
@@ -93,6 +92,13 @@ def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     return {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def _digest(tensor: Tensor) -> str:
+    tensor = tensor.contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _own_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Released name -> the name under which this checkpoint stores it."""
     names = released_names(checkpoint.config)
@@ -101,40 +107,40 @@ def _own_names(checkpoint: Checkpoint) -> dict[str, str]:
     return {theirs: theirs for theirs in names.values()}
 
 
-def _check_names(source: Checkpoint) -> dict[str, str]:
-    """Every tensor must be there and known; stored name -> name in the other form.
+def _check_names(source: Checkpoint) -> None:
+    """Every tensor must be there and known.
 
     Raises:
         UserError: naming up to five missing and unknown tensors.
     """
-    own = _own_names(source)
-    ours = {theirs: mine for mine, theirs in released_names(source.config).items()}
-    missing, unknown = sorted(set(own.values()) - source.names), sorted(source.names - set(own.values()))
-    for problem, found in (("lacks", missing), ("has unknown", unknown)):
+    own = set(_own_names(source).values())
+    for problem, found in (("lacks", sorted(own - source.names)), ("has unknown", sorted(source.names - own))):
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise UserError(f"{source.folder} {problem} tensors: {', '.join(found[:5])}{more}")
-    other: Callable[[str], str] = (lambda t: t) if isinstance(source, CoreCheckpoint) else ours.__getitem__
-    return {mine: other(theirs) for theirs, mine in own.items()}
 
 
 def _checked_tensors(
-    source: Checkpoint, names: dict[str, str], shapes: dict[str, tuple[int, ...]], label: str
+    source: Checkpoint, shapes: dict[str, tuple[int, ...]], read: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    stored_shape = {own: shapes[theirs] for theirs, own in _own_names(source).items()}
-    for own, other in tqdm(names.items(), desc=label, disable=None):
+    """(name in the other form, tensor) one by one; `read` takes the digest of each by its released name."""
+    own_names = _own_names(source)
+    to_released = isinstance(source, CoreCheckpoint)
+    for ours, theirs in tqdm(released_names(source.config).items(), desc=f"convert {source.folder}", disable=None):
+        own = own_names[theirs]
         tensor = source.tensor(own)
-        if tuple(tensor.shape) != stored_shape[own]:
+        if tuple(tensor.shape) != shapes[theirs]:
             raise UserError(
-                f"{source.folder}: {own} has shape {list(tensor.shape)}, its config says {list(stored_shape[own])}"
+                f"{source.folder}: {own} has shape {list(tensor.shape)}, its config says {list(shapes[theirs])}"
             )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{source.folder}: {own} holds NaN or infinite values")
-        yield other, tensor
+        read[theirs] = _digest(tensor)
+        yield (theirs if to_released else ours), tensor
 
 
-def _verify(source: Checkpoint, written: Checkpoint) -> None:
-    before, after = digests(source), digests(written)
-    different = sorted(name for name in before if before[name] != after.get(name))
+def _verify(read: dict[str, str], written: Checkpoint) -> None:
+    after = digests(written)
+    different = sorted(name for name in read if read[name] != after.get(name))
     if different:
         raise UserError(f"verification failed: {written.folder} differs in {', '.join(different[:5])}; it was not kept")

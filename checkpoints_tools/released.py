@@ -83,10 +83,9 @@ def read_config(folder: Path) -> DiTConfig:
         raise UserError(f"{path} is not JSON: {error}") from None
     values = {name: stored[name] for name in SHARED_FIELDS if name in stored}
     for name, value in stored.items():
-        expected = FIXED_FIELDS.get(name, value)
         if name.startswith("_") or name in SHARED_FIELDS or name == "attention_type":
             continue
-        if name not in FIXED_FIELDS or value != expected:
+        if name not in FIXED_FIELDS or value != FIXED_FIELDS[name]:
             raise UserError(f"{path}: {name}={value!r} is not a released StepVideoModel setting this model has")
     return build_config(DiTConfig, values, origin=str(path))
 

@@ -152,20 +152,6 @@ def data_parallel_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
 
 
-def is_first_stage() -> bool:
-    """Whether this rank holds the patch embedding (pipeline stage 0, whatever its virtual chunk)."""
-    from megatron.core import parallel_state
-
-    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=True))
-
-
-def is_last_stage() -> bool:
-    """Whether this rank holds the output head (the last pipeline stage, whatever its virtual chunk)."""
-    from megatron.core import parallel_state
-
-    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
-
-
 def rank_grid(parallel: ParallelConfig, world_size: int) -> torch.Tensor:
     """Ranks as a grid [pp, dp, cp, tp]."""
     shape = (parallel.pipeline_model_parallel_size, -1, parallel.context_parallel_size)
