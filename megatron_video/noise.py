@@ -50,6 +50,10 @@ class NoiseSource:
         """Whether this draw of the sample trains without its caption (for classifier-free guidance)."""
         return self.generator("drop_text", epoch, sample).random() < probability
 
+    def dropout_seed(self, epoch: int, sample: int) -> int:
+        """Seed in [0, 2^63) of the dropout masks of one draw of one sample (`megatron_video.dit.dropout`)."""
+        return int(self.generator("dropout", epoch, sample).integers(2**63))
+
     def generator(self, purpose: str, epoch: int, sample: int) -> np.random.Generator:
         """A fresh Philox generator for one `purpose` of one draw of one sample.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import field
 from datetime import timedelta
 from typing import Literal
 
@@ -31,15 +32,28 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Chunks of layers per stage for the interleaved schedule; null for plain 1F1B."""
     context_parallel_size: int = 1
-    """Ranks over which the tokens of one sample are split for attention; only 1 is built so far."""
+    """Ranks over which the tokens of one sample are split through the whole model."""
+    cp_comm_type: Literal["a2a", "all_gather", "p2p", "a2a+p2p"] = "a2a"
+    """How attention sees the tokens of the other context-parallel ranks: `a2a` exchanges tokens for heads (Ulysses),
+    `all_gather` collects keys and values, `p2p` sends them round a ring, `a2a+p2p` does the first inside groups and the
+    second between them. The last two need transformer_impl=transformer_engine."""
+    hierarchical_context_parallel_sizes: list[int] | None = None
+    """For cp_comm_type a2a+p2p: [ranks of one all-to-all group, ranks of one ring]; null for the other types."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients during the backward pass of the last micro-batch."""
     overlap_param_gather: bool = False
     """Gather parameters during the forward pass of the first micro-batch (needs use_distributed_optimizer)."""
-    recompute_num_layers: int = 0
-    """Layers per stage chunk whose activations are recomputed in the backward pass; -1 for all."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations that backward computes again instead of keeping them: `full` whole layers, `selective` the parts of
+    every layer named by recompute_modules; null keeps all."""
+    recompute_num_layers: int | None = None
+    """For `full`: how many layers of each stage (or chunk of it), counted from its first; null for all of them."""
+    recompute_modules: list[Literal["core_attn", "cross_attention", "mlp"]] = field(
+        default_factory=lambda: ["core_attn", "mlp"]
+    )
+    """For `selective`: `core_attn` is self-attention between its projections."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layer spec: torch on any device, or Transformer Engine (CUDA)."""
 
@@ -58,8 +72,6 @@ class ParallelConfig:
             raise ValueError("overlap_param_gather=true needs use_distributed_optimizer=true")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("overlap_param_gather=true needs overlap_grad_reduce=true")
-        if self.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size={self.context_parallel_size} is not built yet; allowed: 1")
         self._check_virtual_pipeline()
 
     def _check_virtual_pipeline(self) -> None:
@@ -105,6 +117,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int, device_info: Device
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
         create_gloo_process_groups=device_info.backend != "gloo",
     )
     model_parallel_cuda_manual_seed(seed)

@@ -43,6 +43,8 @@ class Batch:
     """Velocity x0 - noise, [b, T, C, h, w] fp32."""
     fps: Tensor | None = None
     """[b] fp32 frames per second, for models with additional conditions."""
+    dropout_seeds: Tensor | None = None
+    """[b] int64, for models with dropout."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -98,6 +100,7 @@ class BatchBuilder:
             text_lengths=torch.tensor([slots + len(row.llm) for row in rows]),
             target=velocity(noise, data),
             fps=torch.tensor([float(s.metadata["fps"]) for s in samples]) if with_fps else None,
+            dropout_seeds=torch.tensor([row.dropout_seed for row in rows]) if self.model.hidden_dropout else None,
         )
 
     def _row(self, sample: int, epoch: int) -> _Row:
@@ -116,6 +119,7 @@ class BatchBuilder:
             noise=self.noise.noise(epoch, sample, shape),
             llm=llm,
             clip=clip,
+            dropout_seed=self.noise.dropout_seed(epoch, sample),
         )
 
 
@@ -127,6 +131,7 @@ class _Row:
     noise: Tensor
     llm: Tensor
     clip: Tensor
+    dropout_seed: int
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,15 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     batch = next(batches).to(torch.device(next(model.parameters()).device))
     conditions: dict[str, Any] = {} if batch.fps is None else {"fps": batch.fps}
     # Every stage gets the conditions; latents are read by the first stage, their shape by all.
-    output = model(batch.latents, batch.timestep, batch.llm_states, batch.clip_states, batch.text_lengths, **conditions)
+    output = model(
+        batch.latents,
+        batch.timestep,
+        batch.llm_states,
+        batch.clip_states,
+        batch.text_lengths,
+        dropout_seeds=batch.dropout_seeds,
+        **conditions,
+    )
     return output, functools.partial(velocity_loss, batch.target)
 
 
@@ -114,8 +122,8 @@ def _agree(sum_and_count: Tensor, grad_norm: float, stop_requested: bool) -> Ste
     """Add loss sums and flags over all ranks in one reduction, so that every rank decides alike."""
     # [loss sum, count, non-finite flags, stop flags]; one collective a step for all of it.
     shared = torch.zeros(4, dtype=torch.float64, device=sum_and_count.device)
-    # Tensor-parallel ranks hold the same loss: it is counted once.
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
+    # Tensor- and context-parallel ranks hold the same loss: it is counted once.
+    if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
         shared[:2] = sum_and_count
     shared[2] = not math.isfinite(grad_norm)
     shared[3] = stop_requested

@@ -6,19 +6,24 @@ the rotary table and the number of real tokens by name, and leave out megatron-c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import (
     CrossAttention,
     CrossAttentionSubmodules,
     SelfAttention,
+    SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
+from megatron_video.dit import recompute
+from megatron_video.dit.context_parallel import CONTEXT_PARALLEL, attend_to_all_tokens
 from megatron_video.dit.rope import Rope
 
 
@@ -48,27 +53,49 @@ class SDPACoreAttention(nn.Module):
 class DiTSelfAttention(SelfAttention):
     """Full attention over all tokens of a video, QK-norm per head, rotary embedding of (frame, row, column)."""
 
-    def forward(self, hidden_states: Tensor, rope: Rope, num_tokens: int) -> Tensor:
-        """Attend over the `num_tokens` real tokens; padding at the end is neither a key nor a query.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        cp_comm_type: str,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(
+            config,
+            submodules,
+            layer_number,
+            AttnMaskType.no_mask,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        self.cp_comm_type = cp_comm_type
+
+    def forward(self, hidden_states: Tensor, rope: Rope, num_tokens: int, recompute_core: bool = False) -> Tensor:
+        """Attend over the `num_tokens` real tokens of the whole sequence; padding at its end is never a key.
 
         Args:
-            hidden_states: [s, b, D], this rank's tokens under sequence parallelism.
-            rope: tables for exactly `num_tokens` tokens.
+            hidden_states: [s, b, D], this rank's tokens under sequence and context parallelism.
+            rope: tables for this context-parallel rank's tokens, padding included.
+            num_tokens: real tokens over all ranks.
+            recompute_core: keep only queries, keys and values, and attend again in the backward pass.
 
         Returns:
-            [s, b, D]; zero attention output at padding.
+            [s, b, D]; the values at padding mean nothing.
         """
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
-        padding = query.shape[0] - num_tokens
-        if padding:
-            query, key, value = (x[:num_tokens] for x in (query, key, value))
-        context = self.core_attention(
-            rope.rotate(query), rope.rotate(key), value, None, attn_mask_type=AttnMaskType.no_mask
-        )
-        if padding:
-            context = F.pad(context, (0, 0, 0, 0, 0, padding))
+        attend = partial(self._attend, rope=rope, num_tokens=num_tokens)
+        context = recompute.run(attend, *self.get_query_key_value_tensors(hidden_states), recompute=recompute_core)
         out, _ = self.linear_proj(context)
         return out
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rope: Rope, num_tokens: int) -> Tensor:
+        """[s, b, heads, d] of this context-parallel rank -> [s, b, heads * d]."""
+        query, key = rope.rotate(query), rope.rotate(key)
+        core = partial(self.core_attention, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
+        group = self.pg_collection.cp
+        if group.size() == 1:
+            return attend_to_all_tokens(core, query, key, value, num_tokens)
+        return CONTEXT_PARALLEL[self.cp_comm_type](core, query, key, value, num_tokens, group)
 
 
 class DiTCrossAttention(CrossAttention):

@@ -66,7 +66,7 @@ def transformer_config(dit: DiTConfig, parallel: ParallelConfig, params_dtype: t
         add_bias_linear=False,
         activation_func=partial(F.gelu, approximate="tanh"),
         attention_dropout=0.0,
-        hidden_dropout=0.0,
+        hidden_dropout=dit.hidden_dropout,
         init_method_std=dit.init_std or (2 / (5 * dit.hidden_size)) ** 0.5,
         perform_initialization=False,  # megatron_video.dit.init does it, equal under every layout
         use_cpu_initialization=parallel.transformer_impl == "local",
@@ -77,6 +77,8 @@ def transformer_config(dit: DiTConfig, parallel: ParallelConfig, params_dtype: t
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         variable_seq_lengths=pipelined,

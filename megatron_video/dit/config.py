@@ -35,6 +35,8 @@ class DiTConfig:
     """Epsilon of the output norm and of the caption norm (both without affine); block LayerNorms use 1e-5."""
     released_precision: bool = False
     """Round timestep and RoPE angles to the parameters' dtype before use, as the released bf16 pipeline does."""
+    hidden_dropout: float = 0.0
+    """Share of elements dropped from the output of attention, cross-attention and feed-forward; the paper uses none."""
     init_std: float | None = None
     """Standard deviation of hidden linear weights at initialisation; null for sqrt(2 / (5 D))."""
 
@@ -48,6 +50,8 @@ class DiTConfig:
         for name in (*positive, "patch_size", "ffn_multiplier"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout={self.hidden_dropout} must be at least 0 and below 1")
         self._check_rope()
         if self.use_additional_conditions and self.hidden_size % 2:
             raise ValueError(f"use_additional_conditions=true needs an even hidden width, not {self.hidden_size}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from megatron_video.dit import recompute
 from megatron_video.dit.attention import DiTCrossAttention, DiTSelfAttention
+from megatron_video.dit.context_parallel import TokenLayout
+from megatron_video.dit.dropout import keyed_dropout
 from megatron_video.dit.modulation import block_modulations
 from megatron_video.dit.norms import BlockLayerNorm
-from megatron_video.dit.rope import Rope
 from megatron_video.dit.specs import LayerSpec
 
 
@@ -21,15 +24,24 @@ class DiTLayer(MegatronModule):
     """`x += gate * SelfAttn(mod(LN1 x)); x += CrossAttn(x, text); x += gate * FF(mod(LN2 x))`."""
 
     def __init__(
-        self, config: TransformerConfig, spec: LayerSpec, layer_number: int, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        spec: LayerSpec,
+        layer_number: int,
+        groups: ProcessGroupCollection,
+        recomputed_modules: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(config)
+        self.layer_number, self.recomputed_modules = layer_number, recomputed_modules
         self.norm1 = BlockLayerNorm(config)
         self.self_attention = DiTSelfAttention(
-            config, spec.self_attention, layer_number, AttnMaskType.no_mask, pg_collection=groups
+            config, spec.self_attention, layer_number, config.cp_comm_type, pg_collection=groups
         )
+        # Text is not cut over context-parallel ranks: every rank's tokens see all of it without communication.
+        whole_text = copy.copy(config)
+        whole_text.context_parallel_size = 1
         self.cross_attention = DiTCrossAttention(
-            config, spec.cross_attention, spec.qk_norm, layer_number, pg_collection=groups
+            whole_text, spec.cross_attention, spec.qk_norm, layer_number, pg_collection=groups
         )
         self.norm2 = BlockLayerNorm(config)
         self.mlp = MLP(config, spec.mlp, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp)
@@ -37,19 +49,42 @@ class DiTLayer(MegatronModule):
         self.modulation_table.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(
-        self, x: Tensor, shared_modulation: Tensor, text: Tensor, hidden_text: Tensor | None, rope: Rope, tokens: int
+        self,
+        x: Tensor,
+        shared_modulation: Tensor,
+        text: Tensor,
+        hidden_text: Tensor | None,
+        dropout_seeds: Tensor | None,
+        tokens: TokenLayout,
     ) -> Tensor:
         """Run the block.
 
         Args:
-            x: [s, b, D], this rank's tokens under sequence parallelism.
+            x: [s, b, D], this rank's tokens under sequence and context parallelism.
             shared_modulation: [b, 6, D].
             text: [L, b, D]; `hidden_text` bool [b, 1, 1, L] or None (see `DiTCrossAttention.forward`).
-            rope: rotary tables of the grid; `tokens` the number of real tokens over all ranks.
+            dropout_seeds: int64 [b], or None for no dropout.
+            tokens: which tokens `x` holds, and their rotary tables.
         """
         attention, feed_forward = block_modulations(self.modulation_table, shared_modulation)
-        attended = self.self_attention(attention.apply(self.norm1(x)), rope, tokens)
-        x = torch.addcmul(x, attention.gate, attended)
-        x = x + self.cross_attention(x, text, hidden_text)
-        fed, _ = self.mlp(feed_forward.apply(self.norm2(x)))
-        return torch.addcmul(x, feed_forward.gate, fed)
+        normed = self.norm1(x, attention.shift, attention.scale)
+        attended = self.self_attention(normed, tokens.rope, tokens.count, "core_attn" in self.recomputed_modules)
+        x = torch.addcmul(x, attention.gate, self._drop(attended, 0, dropout_seeds, tokens))
+        attended = recompute.run(
+            self.cross_attention, x, text, hidden_text, recompute="cross_attention" in self.recomputed_modules
+        )
+        x = x + self._drop(attended, 1, dropout_seeds, tokens)
+        inputs = (x, feed_forward.shift, feed_forward.scale)
+        fed = recompute.run(self._feed_forward, *inputs, recompute="mlp" in self.recomputed_modules)
+        return torch.addcmul(x, feed_forward.gate, self._drop(fed, 2, dropout_seeds, tokens))
+
+    def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        fed, _ = self.mlp(self.norm2(x, shift, scale))
+        return fed
+
+    def _drop(self, branch: Tensor, index: int, seeds: Tensor | None, tokens: TokenLayout) -> Tensor:
+        """Dropout on the output of one of the block's three branches."""
+        if seeds is None:
+            return branch
+        place = 3 * self.layer_number + index
+        return keyed_dropout(branch, self.config.hidden_dropout, seeds, place, tokens.first)

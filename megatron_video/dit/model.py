@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    checkpoint,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -19,7 +18,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from megatron_video.dit import recompute
 from megatron_video.dit.config import DiTConfig
+from megatron_video.dit.context_parallel import TokenLayout
 from megatron_video.dit.embedders import PatchEmbedding, TextProjection, TimeConditioning, hidden_text_mask
 from megatron_video.dit.layer import DiTLayer
 from megatron_video.dit.norms import mark_sequence_parallel
@@ -61,8 +62,12 @@ class VideoDiT(MegatronModule):
         self.patch_embedding = PatchEmbedding(dit, config) if stage.is_first else None
         self.time_conditioning = TimeConditioning(dit, config, spec, groups)
         self.text_projection = TextProjection(dit, config)
+
+        def layer(number: int) -> DiTLayer:
+            return DiTLayer(config, spec, number + 1, groups, stage.recomputed_modules)
+
         # Keyed by the layer's number in the whole model: names are the same under every pipeline layout.
-        self.layers = nn.ModuleDict({str(i): DiTLayer(config, spec, i + 1, groups) for i in stage.layer_numbers})
+        self.layers = nn.ModuleDict({str(i): layer(i) for i in stage.layer_numbers})
         self.head = OutputHead(dit, config) if stage.is_last else None
         self._input_tensor: Tensor | None = None
         self._mark_replicated_embedders()
@@ -79,6 +84,7 @@ class VideoDiT(MegatronModule):
         clip_states: Tensor | None = None,
         text_lengths: Tensor | None = None,
         fps: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity data - noise at `latents`.
 
@@ -88,6 +94,7 @@ class VideoDiT(MegatronModule):
             llm_states: Step-LLM states [b, L1, d1], padded on the right; `clip_states` [b, L2, d2], all slots.
             text_lengths: int [b], number of visible text tokens (L2 + real Step-LLM tokens); None if all are visible.
             fps: [b], with additional conditions.
+            dropout_seeds: int64 [b], a fresh number for every sample and step; needed to train with hidden_dropout.
 
         Returns:
             Velocity [b, T, C_out, h, w] on the last stage, else hidden states [s, b, D] of this rank's tokens.
@@ -96,28 +103,20 @@ class VideoDiT(MegatronModule):
             UserError: latents whose height or width is not a multiple of the patch size.
         """
         grid = self._patched_grid(latents)
-        tokens = grid[0] * grid[1] * grid[2]
         embedding, modulation = self.time_conditioning(timestep, grid, fps)
         text = self.text_projection(llm_states, clip_states)
         hidden_text = hidden_text_mask(text_lengths, text.shape[0])
         x = self._embed(latents) if self.stage.is_first else self._received()
-        rope = build_rope(
-            grid,
-            tuple(self.dit_config.rope_channel_split or ()),
-            text.dtype,
-            text.device,
-            self.dit_config.released_precision,
-        )
+        layout = self._token_layout(grid, text.dtype, text.device)
+        inputs = (modulation, text, hidden_text, self._checked_seeds(dropout_seeds))
         for position, layer in enumerate(self.layers.values()):
-            run = partial(layer, rope=rope, tokens=tokens)
             recomputed = self.training and position < self.stage.recomputed_layers
-            inputs = (x, modulation, text, hidden_text)
-            x = checkpoint(run, False, *inputs) if recomputed else run(*inputs)
+            x = recompute.run(partial(layer, tokens=layout), x, *inputs, recompute=recomputed)
         return self._predict(x, embedding, grid) if self.stage.is_last else x
 
     def padded_tokens(self, tokens: int) -> int:
-        """`tokens` rounded up so that sequence parallelism can cut them evenly."""
-        parts = self.groups.tp.size() if self.config.sequence_parallel else 1
+        """`tokens` rounded up so that context and sequence parallelism can cut them evenly."""
+        parts = self.groups.cp.size() * self._sequence_parts()
         return -(-tokens // parts) * parts
 
     def sharded_state_dict(
@@ -144,9 +143,9 @@ class VideoDiT(MegatronModule):
         b, t, c, h, w = latents.shape
         patches = latents.view(b, t, c, h // p, p, w // p, p).permute(1, 3, 5, 0, 2, 4, 6)
         patches = patches.reshape(t * (h // p) * (w // p), b, c * p * p)
+        patches = F.pad(patches, (0, 0, 0, 0, 0, self.padded_tokens(len(patches)) - len(patches)))
+        patches = patches.chunk(self.groups.cp.size())[self.groups.cp.rank()]
         if self.config.sequence_parallel:
-            padding = self.padded_tokens(len(patches)) - len(patches)
-            patches = F.pad(patches, (0, 0, 0, 0, 0, padding))
             patches = patches.chunk(self.groups.tp.size())[self.groups.tp.rank()]
         assert self.patch_embedding is not None
         return self.patch_embedding(patches)
@@ -163,10 +162,33 @@ class VideoDiT(MegatronModule):
         out = self.head(x, embedding)
         if self.config.sequence_parallel:
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.groups.tp)
+        # Every context-parallel rank computes the whole loss, so gradients and counts come out times their number.
+        if self.groups.cp.size() > 1:
+            out = gather_from_sequence_parallel_region(out, group=self.groups.cp)
         t, rows, columns = grid
         p, b = self.dit_config.patch_size, out.shape[1]
         out = out[: t * rows * columns].view(t, rows, columns, b, p, p, -1)
         return out.permute(3, 0, 6, 1, 4, 2, 5).reshape(b, t, -1, rows * p, columns * p)
+
+    def _sequence_parts(self) -> int:
+        return self.groups.tp.size() if self.config.sequence_parallel else 1
+
+    def _token_layout(self, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> TokenLayout:
+        tokens = grid[0] * grid[1] * grid[2]
+        padded, cp = self.padded_tokens(tokens), self.groups.cp
+        split = tuple(self.dit_config.rope_channel_split or ())
+        rope = build_rope(grid, split, dtype, device, self.dit_config.released_precision)
+        first = cp.rank() * padded // cp.size()
+        if self.config.sequence_parallel:
+            first += self.groups.tp.rank() * padded // cp.size() // self.groups.tp.size()
+        return TokenLayout(rope.of_rank(padded, cp.rank(), cp.size()), tokens, first)
+
+    def _checked_seeds(self, seeds: Tensor | None) -> Tensor | None:
+        if not self.training or self.dit_config.hidden_dropout == 0:
+            return None
+        if seeds is None:
+            raise ValueError(f"training with hidden_dropout={self.dit_config.hidden_dropout} needs dropout_seeds")
+        return seeds
 
     def _patched_grid(self, latents: Tensor) -> tuple[int, int, int]:
         p = self.dit_config.patch_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -18,10 +17,6 @@ class Modulation:
     shift: Tensor
     scale: Tensor
     gate: Tensor
-
-    def apply(self, normed: Tensor) -> Tensor:
-        """Shift and scale normalised tokens [s, b, D]."""
-        return torch.addcmul(self.shift, normed, self.scale + 1)
 
 
 def block_modulations(table: Tensor, shared: Tensor) -> tuple[Modulation, Modulation]:

@@ -11,11 +11,15 @@ BLOCK_NORM_EPS = 1e-5  # LayerNorm of the blocks; not the model's norm_eps (refe
 
 
 class BlockLayerNorm(nn.LayerNorm):
-    """LayerNorm with weight and bias over the hidden width, computed on this rank's tokens [s, b, D]."""
+    """LayerNorm with weight and bias, then adaLN modulation, computed on this rank's tokens [s, b, D]."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.hidden_size, eps=BLOCK_NORM_EPS, dtype=config.params_dtype)
         mark_sequence_parallel(self, config)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise tokens [s, b, D], then shift and scale them by [1, b, D] each."""
+        return torch.addcmul(shift, super().forward(x), scale + 1)
 
 
 class QKRMSNorm(nn.Module):

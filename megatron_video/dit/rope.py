@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BASE = 10000.0
@@ -21,6 +22,14 @@ class Rope:
     cos: Tensor
     sin: Tensor
     split: tuple[int, ...]
+
+    def of_rank(self, padded_tokens: int, rank: int, size: int) -> Rope:
+        """The tables of one of `size` ranks that hold `padded_tokens` tokens in contiguous parts; zero at padding."""
+        if size == 1 and padded_tokens == len(self.cos):
+            return self
+        padding = (0, 0, 0, 0, 0, 0, 0, padded_tokens - len(self.cos))
+        cos, sin = (F.pad(table, padding).chunk(size)[rank] for table in (self.cos, self.sin))
+        return Rope(cos, sin, self.split)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate `x` [s, b, heads, head_dim]; pairs are (j, j + width / 2) inside each axis's slice."""

@@ -21,7 +21,9 @@ class Stage:
     layer_numbers: range
     """Layers of the whole model held here."""
     recomputed_layers: int
-    """How many of them, from the first, recompute their activations in the backward pass."""
+    """How many of them, from the first, recompute all their activations in the backward pass."""
+    recomputed_modules: frozenset[str]
+    """Parts of every layer that recompute theirs (ParallelConfig.recompute_modules)."""
 
     @property
     def is_first(self) -> bool:
@@ -50,12 +52,13 @@ def stages_of_rank(num_layers: int, parallel: ParallelConfig, pipeline_rank: int
             f"{chunks} chunk(s); stages x chunks that work: {', '.join(map(str, fitting))}"
         )
     per_stage = num_layers // count
-    recompute = parallel.recompute_num_layers
-    recomputed = per_stage if recompute < 0 else min(recompute, per_stage)
+    granularity, limit = parallel.recompute_granularity, parallel.recompute_num_layers
+    recomputed = (per_stage if limit is None else min(limit, per_stage)) if granularity == "full" else 0
+    modules = frozenset(parallel.recompute_modules if granularity == "selective" else ())
     stages = []
     for chunk in range(chunks):
         number = chunk * pipeline + pipeline_rank
         layers = range(number * per_stage, (number + 1) * per_stage)
         virtual = chunk if chunks > 1 else None
-        stages.append(Stage(number, count, virtual, layers, recomputed))
+        stages.append(Stage(number, count, virtual, layers, recomputed, modules))
     return stages
