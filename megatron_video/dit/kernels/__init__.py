@@ -1,0 +1,1 @@
+"""Triton kernels behind `megatron_video.dit.fused`; importing one of these modules needs triton."""
