@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -188,6 +189,8 @@ def _prepare_process(lifeline: Connection, rank: int, device: Device) -> None:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
+    # Advice on speed and on optional packages, once a rank.
+    warnings.filterwarnings("ignore", module="megatron")
 
 
 def _end_with_starter(lifeline: Connection) -> None:

@@ -1,0 +1,141 @@
+"""The matrix as a table to read: on a terminal of 120 columns, as Markdown, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from training.layout_matrix.compare import TensorError
+from training.layout_matrix.runner import Outcome
+from training.layout_matrix.table import TOLERANCES, Dtype
+
+DTYPE_NAMES: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16"}
+# Quantity -> head of its column. In fp32 the optimizer updates the parameters themselves.
+_COLUMNS: dict[Dtype, dict[str, str]] = {
+    "float32": {"loss": "loss", "grad_norm": "norm", "gradients": "grads", "parameters": "params", "ema": "EMA"},
+    "bfloat16": {
+        "loss": "loss",
+        "grad_norm": "norm",
+        "gradients": "grads",
+        "parameters": "params",
+        "main_parameters": "fp32 p.",
+        "ema": "EMA",
+    },
+}
+_TENSOR_WIDTH = {"float32": 30, "bfloat16": 22}
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first is left-aligned, and so are those whose cells are not numbers."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [" ".join(_pad(cell, width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    lines.insert(1, " ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def matrix_table(outcomes: Sequence[Outcome], dtype: Dtype, markdown: bool = False) -> str:
+    """All rows of one dtype, with the limits as the last row."""
+    columns = _COLUMNS[dtype]
+    header = ["layout", "ranks", *columns.values(), "worst parameter", "s", ""]
+    rows = [_cells(outcome, markdown) for outcome in outcomes if outcome.dtype == dtype]
+    limits = [f"{getattr(TOLERANCES[dtype], name):.0e}" for name in columns]
+    table = markdown_table if markdown else text_table
+    return table(header, [*rows, ["largest allowed", "", *limits, "", "", ""]])
+
+
+def progress_line(outcome: Outcome, number: int, count: int, name_width: int) -> str:
+    """One line as a layout ends."""
+    worst = "" if outcome.errors is None else f"largest error {_largest(outcome):.1e}"
+    return (
+        f"[{number:3}/{count}] {DTYPE_NAMES[outcome.dtype]} {outcome.case.name:<{name_width}} "
+        f"{_ranks(outcome.case.ranks):<8} {worst:<22} {outcome.seconds:5.1f} s  {_verdict(outcome)}"
+    )
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many agree, then what is wrong with each that does not."""
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    lines = [f"{len(outcomes) - len(wrong)} of {len(outcomes)} agree with one process ({seconds:.0f} s)"]
+    for outcome in wrong:
+        lines.append(f"{outcome.case.name} in {DTYPE_NAMES[outcome.dtype]}:")
+        lines += [f"  {line}" for line in _faults(outcome)]
+    return "\n".join(lines)
+
+
+def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Every row with all its figures."""
+    return [
+        {
+            "layout": outcome.case.name,
+            "parallel": outcome.case.parallel,
+            "data_parallel_size": outcome.case.data_parallel_size,
+            "ranks": outcome.case.ranks,
+            "dtype": DTYPE_NAMES[outcome.dtype],
+            "seconds": round(outcome.seconds, 2),
+            "errors": None if outcome.errors is None else asdict(outcome.errors),
+            "tolerance": asdict(TOLERANCES[outcome.dtype]),
+            "wrong": outcome.wrong,
+            "failure": outcome.failure,
+        }
+        for outcome in outcomes
+    ]
+
+
+def short_name(tensor: str, width: int) -> str:
+    """A parameter's name without what all share, cut at the front to `width`."""
+    name = tensor.removeprefix("layers.").removesuffix(".weight")
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _cells(outcome: Outcome, markdown: bool) -> list[str]:
+    errors, columns = outcome.errors, _COLUMNS[outcome.dtype]
+    if errors is None:
+        values, worst = ["-"] * len(columns), "-"
+    else:
+        values = [f"{errors.value(name):.1e}" for name in columns]
+        name = errors.parameters.name
+        worst = name if markdown else short_name(name, _TENSOR_WIDTH[outcome.dtype])
+    return [outcome.case.name, str(outcome.case.ranks), *values, worst, f"{outcome.seconds:.1f}", _verdict(outcome)]
+
+
+def _faults(outcome: Outcome) -> list[str]:
+    errors = outcome.errors
+    if errors is None:
+        return outcome.failure.strip().splitlines()[-12:]
+    lines = []
+    for quantity in outcome.wrong:
+        if quantity == "unequal copies":
+            lines += [f"copies differ between ranks: {name}" for name in errors.unequal_copies[:3]]
+            continue
+        found = getattr(errors, quantity)
+        where = f" in {found.name}" if isinstance(found, TensorError) else ""
+        limit = getattr(TOLERANCES[outcome.dtype], quantity)
+        lines.append(f"{quantity}: {errors.value(quantity):.1e}{where}, allowed {limit:.0e}")
+    return lines
+
+
+def _largest(outcome: Outcome) -> float:
+    assert outcome.errors is not None
+    return max(outcome.errors.value(name) for name in _COLUMNS[outcome.dtype])
+
+
+def _verdict(outcome: Outcome) -> str:
+    if outcome.errors is None:
+        return "FAILED"
+    return "ABOVE" if outcome.wrong else "ok"
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def _pad(cell: str, width: int) -> str:
+    return cell.rjust(width) if cell[:1].isdigit() or cell in ("-", "inf") else cell.ljust(width)
