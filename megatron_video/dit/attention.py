@@ -78,19 +78,22 @@ class DiTSelfAttention(SelfAttention):
             hidden_states: [s, b, D], this rank's tokens under sequence and context parallelism.
             rope: tables for this context-parallel rank's tokens, padding included.
             num_tokens: real tokens over all ranks.
-            recompute_core: keep only queries, keys and values, and attend again in the backward pass.
+            recompute_core: keep only the projection's output, and norm, rotate and attend again in the backward pass.
 
         Returns:
             [s, b, D]; the values at padding mean nothing.
         """
         attend = partial(self._attend, rope=rope, num_tokens=num_tokens)
-        context = recompute.run(attend, *self.get_query_key_value_tensors(hidden_states), recompute=recompute_core)
+        # Not split yet: megatron-core would norm queries and keys apart from their rotation.
+        packed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        context = recompute.run(attend, packed, recompute=recompute_core, fp8=bool(self.config.fp8))
         out, _ = self.linear_proj(context)
         return out
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rope: Rope, num_tokens: int) -> Tensor:
-        """[s, b, heads, d] of this context-parallel rank -> [s, b, heads * d]."""
-        query, key = rope.rotate(query), rope.rotate(key)
+    def _attend(self, packed: Tensor, rope: Rope, num_tokens: int) -> Tensor:
+        """[s, b, heads, 3 d] (query, key, value) of this context-parallel rank -> [s, b, heads * d]."""
+        query, key, value = packed.chunk(3, dim=-1)
+        query, key = self.q_layernorm(query, rope), self.k_layernorm(key, rope)
         core = partial(self.core_attention, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
         group = self.pg_collection.cp
         if group.size() == 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_video.dit.rope import Rope
+from megatron_video.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,32 @@ def attend_to_gathered_keys(
     return attend(query, all_keys, all_values)
 
 
+def attend_in_ring(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, num_tokens: int, group: ProcessGroup
+) -> Tensor:
+    """`attend` itself sends keys and values round (Transformer Engine); shapes as in `attend_by_all_to_all`.
+
+    Raises:
+        UserError: there is padding. The ring counts tokens in another order than ours and would attend to it.
+    """
+    padded = len(query) * group.size()
+    if padded != num_tokens:
+        raise UserError(
+            f"{num_tokens} video tokens had to be padded to {padded} for context_parallel_size={group.size()}, and "
+            "cp_comm_type p2p and a2a+p2p cannot leave padding out; use cp_comm_type=a2a or all_gather, or shapes "
+            "whose number of tokens needs no padding"
+        )
+    return attend(query, key, value)
+
+
+# cp_comm_type whose communication is inside Transformer Engine's attention.
+RINGS = ("p2p", "a2a+p2p")
 # By ParallelConfig.cp_comm_type.
-CONTEXT_PARALLEL = {"a2a": attend_by_all_to_all, "all_gather": attend_to_gathered_keys}
+CONTEXT_PARALLEL = {
+    "a2a": attend_by_all_to_all,
+    "all_gather": attend_to_gathered_keys,
+    **dict.fromkeys(RINGS, attend_in_ring),
+}
 
 
 def _tokens_for_heads(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -144,6 +144,17 @@ class TextProjection(nn.Module):
         return text.transpose(0, 1)
 
 
+def padded_text(text: Tensor, text_lengths: Tensor | None, multiple: int) -> tuple[Tensor, Tensor | None]:
+    """Text tokens [L, b, D] with zeros up to a `multiple` of tokens, and the mask that hides what must not be seen."""
+    visible, batch = text.shape[:2]
+    padding = -visible % multiple
+    if padding:
+        text = F.pad(text, (0, 0, 0, 0, 0, padding))
+        if text_lengths is None:
+            text_lengths = torch.full((batch,), visible, device=text.device)
+    return text, hidden_text_mask(text_lengths, len(text))
+
+
 def hidden_text_mask(text_lengths: Tensor | None, num_text_tokens: int) -> Tensor | None:
     """Key j of sample b is hidden unless j < text_lengths[b]; bool [b, 1, 1, L], True = hidden."""
     if text_lengths is None:

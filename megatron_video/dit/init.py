@@ -23,6 +23,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_video.fp8 import set_parameter
+
 _ZERO = ("modulation_linear.weight", "modulation_table", "cross_attention.linear_proj.weight", "head.projection.weight")
 _DEPTH_SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _FAN_IN = ("patch_embedding.", "time_conditioning.", "text_projection.")
@@ -40,8 +42,7 @@ def initialize_parameters(model: nn.Module, config: TransformerConfig, seed: int
         value = _initial_value(name, shape, config, seed)
         if dimension >= 0:
             value = value.chunk(tp_size, dim=dimension)[tp_rank]
-        with torch.no_grad():
-            parameter.copy_(value)
+        set_parameter(parameter, value)
 
 
 def _initial_value(name: str, shape: list[int], config: TransformerConfig, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,7 +12,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_video.dit import recompute
+from megatron_video.dit import fused, offload, recompute
 from megatron_video.dit.attention import DiTCrossAttention, DiTSelfAttention
 from megatron_video.dit.context_parallel import TokenLayout
 from megatron_video.dit.dropout import keyed_dropout
@@ -67,20 +68,33 @@ class DiTLayer(MegatronModule):
             tokens: which tokens `x` holds, and their rotary tables.
         """
         attention, feed_forward = block_modulations(self.modulation_table, shared_modulation)
-        normed = self.norm1(x, attention.shift, attention.scale)
-        attended = self.self_attention(normed, tokens.rope, tokens.count, "core_attn" in self.recomputed_modules)
-        x = torch.addcmul(x, attention.gate, self._drop(attended, 0, dropout_seeds, tokens))
-        attended = recompute.run(
-            self.cross_attention, x, text, hidden_text, recompute="cross_attention" in self.recomputed_modules
-        )
+        inputs = (x, attention.shift, attention.scale)
+        attended = offload.run("self_attention", self.config, self._attend_to_video, *inputs, tokens)
+        x = fused.gated_residual(x, attention.gate, self._drop(attended, 0, dropout_seeds, tokens))
+        attended = offload.run("cross_attention", self.config, self._attend_to_text, x, text, hidden_text)
         x = x + self._drop(attended, 1, dropout_seeds, tokens)
         inputs = (x, feed_forward.shift, feed_forward.scale)
-        fed = recompute.run(self._feed_forward, *inputs, recompute="mlp" in self.recomputed_modules)
-        return torch.addcmul(x, feed_forward.gate, self._drop(fed, 2, dropout_seeds, tokens))
+        fed = offload.run("mlp", self.config, self._feed_forward, *inputs)
+        return fused.gated_residual(x, feed_forward.gate, self._drop(fed, 2, dropout_seeds, tokens))
+
+    def _attend_to_video(self, x: Tensor, shift: Tensor, scale: Tensor, tokens: TokenLayout) -> Tensor:
+        recomputed = "core_attn" in self.recomputed_modules
+        attended: Tensor = self.self_attention(self.norm1(x, shift, scale), tokens.rope, tokens.count, recomputed)
+        return attended
+
+    def _attend_to_text(self, x: Tensor, text: Tensor, hidden_text: Tensor | None) -> Tensor:
+        return self._recomputable("cross_attention", self.cross_attention, x, text, hidden_text)
 
     def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        fed, _ = self.mlp(self.norm2(x, shift, scale))
-        return fed
+        def feed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            fed: Tensor = self.mlp(self.norm2(x, shift, scale))[0]
+            return fed
+
+        return self._recomputable("mlp", feed, x, shift, scale)
+
+    def _recomputable(self, name: str, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        recomputed = name in self.recomputed_modules
+        return recompute.run(function, *inputs, recompute=recomputed, fp8=bool(self.config.fp8))
 
     def _drop(self, branch: Tensor, index: int, seeds: Tensor | None, tokens: TokenLayout) -> Tensor:
         """Dropout on the output of one of the block's three branches."""

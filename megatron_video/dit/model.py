@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -18,16 +19,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from megatron_video.dit import recompute
+from megatron_video.dit import offload, recompute
 from megatron_video.dit.config import DiTConfig
-from megatron_video.dit.context_parallel import TokenLayout
-from megatron_video.dit.embedders import PatchEmbedding, TextProjection, TimeConditioning, hidden_text_mask
+from megatron_video.dit.context_parallel import RINGS, TokenLayout
+from megatron_video.dit.embedders import PatchEmbedding, TextProjection, TimeConditioning, padded_text
 from megatron_video.dit.layer import DiTLayer
 from megatron_video.dit.norms import mark_sequence_parallel
 from megatron_video.dit.rope import build_rope
 from megatron_video.dit.specs import LayerSpec
 from megatron_video.dit.stage import Stage
 from megatron_video.errors import UserError
+from megatron_video.fp8 import building_layer, running_layer, running_layers, token_multiple
 
 
 class OutputHead(nn.Module):
@@ -64,11 +66,13 @@ class VideoDiT(MegatronModule):
         self.text_projection = TextProjection(dit, config)
 
         def layer(number: int) -> DiTLayer:
-            return DiTLayer(config, spec, number + 1, groups, stage.recomputed_modules)
+            with building_layer(config, number):
+                return DiTLayer(config, spec, number + 1, groups, stage.recomputed_modules)
 
         # Keyed by the layer's number in the whole model: names are the same under every pipeline layout.
         self.layers = nn.ModuleDict({str(i): layer(i) for i in stage.layer_numbers})
         self.head = OutputHead(dit, config) if stage.is_last else None
+        self.token_multiple = self._needed_multiple()
         self._input_tensor: Tensor | None = None
         self._mark_replicated_embedders()
 
@@ -105,18 +109,16 @@ class VideoDiT(MegatronModule):
         grid = self._patched_grid(latents)
         embedding, modulation = self.time_conditioning(timestep, grid, fps)
         text = self.text_projection(llm_states, clip_states)
-        hidden_text = hidden_text_mask(text_lengths, text.shape[0])
+        text, hidden_text = padded_text(text, text_lengths, self.token_multiple)
         x = self._embed(latents) if self.stage.is_first else self._received()
         layout = self._token_layout(grid, text.dtype, text.device)
         inputs = (modulation, text, hidden_text, self._checked_seeds(dropout_seeds))
-        for position, layer in enumerate(self.layers.values()):
-            recomputed = self.training and position < self.stage.recomputed_layers
-            x = recompute.run(partial(layer, tokens=layout), x, *inputs, recompute=recomputed)
+        x = self._run_layers(x, *inputs, tokens=layout)
         return self._predict(x, embedding, grid) if self.stage.is_last else x
 
     def padded_tokens(self, tokens: int) -> int:
-        """`tokens` rounded up so that context and sequence parallelism can cut them evenly."""
-        parts = self.groups.cp.size() * self._sequence_parts()
+        """`tokens` rounded up so that every rank gets equally many, and as many as FP8 and a ring can handle."""
+        parts = self.groups.cp.size() * self._sequence_parts() * self.token_multiple
         return -(-tokens // parts) * parts
 
     def sharded_state_dict(
@@ -136,6 +138,25 @@ class VideoDiT(MegatronModule):
                 self._number_replicas(part)
             state |= part
         return state
+
+    def _run_layers(self, x: Tensor, *inputs: Tensor | None, tokens: TokenLayout) -> Tensor:
+        config = self.config
+        if config.fp8 and not torch.is_grad_enabled():
+            # Outside of training nobody else says that weights may have changed since they were cast to FP8.
+            self.set_is_first_microbatch()
+        offload.start_micro_batch(self, config, self.vp_stage)
+        with running_layers(config):
+            for position, layer in enumerate(self.layers.values()):
+                recomputed = self.training and position < self.stage.recomputed_layers
+                run = partial(self._run_layer, layer, tokens=tokens)
+                x = recompute.run(run, x, *inputs, recompute=recomputed, fp8=bool(config.fp8))
+        return x
+
+    @staticmethod
+    def _run_layer(layer: DiTLayer, *inputs: Any, tokens: TokenLayout) -> Tensor:
+        with running_layer(layer.config, layer.layer_number - 1):
+            output: Tensor = layer(*inputs, tokens=tokens)
+        return output
 
     def _embed(self, latents: Tensor) -> Tensor:
         """[b, T, C, h, w] -> this rank's tokens [s, b, D], t major, then row, then column."""
@@ -169,6 +190,12 @@ class VideoDiT(MegatronModule):
         p, b = self.dit_config.patch_size, out.shape[1]
         out = out[: t * rows * columns].view(t, rows, columns, b, p, p, -1)
         return out.permute(3, 0, 6, 1, 4, 2, 5).reshape(b, t, -1, rows * p, columns * p)
+
+    def _needed_multiple(self) -> int:
+        """Tokens of one rank come in multiples of this."""
+        ring = self.groups.cp.size() > 1 and self.config.cp_comm_type in RINGS
+        # Transformer Engine cuts every rank's tokens in halves under a ring.
+        return math.lcm(token_multiple(self.config), 2 if ring else 1)
 
     def _sequence_parts(self) -> int:
         return self.groups.tp.size() if self.config.sequence_parallel else 1

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLPSubmodules
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_video.dit.attention import SDPACoreAttention
 from megatron_video.dit.norms import QKRMSNorm
@@ -37,21 +38,14 @@ def get_layer_spec(transformer_impl: Literal["local", "transformer_engine"]) -> 
     """
     if transformer_impl == "local":
         return _spec(ColumnParallelLinear, RowParallelLinear, SDPACoreAttention, SDPACoreAttention)
-    try:
-        from megatron.core.extensions.transformer_engine import (
-            HAVE_TE,
-            TEColumnParallelLinear,
-            TEDotProductAttention,
-            TERowParallelLinear,
-        )
-    except ImportError:
-        HAVE_TE = False
     if not HAVE_TE or not torch.cuda.is_available():
         raise UserError(
             "transformer_impl='transformer_engine' needs CUDA and the package transformer-engine "
             "(pip install megatron-video[gpu]); without them use transformer_impl='local'"
         )
-    return _spec(TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention, _te_cross(TEDotProductAttention))
+    from megatron_video.dit import te
+
+    return _spec(te.TEColumnParallelLinear, te.TERowParallelLinear, te.SelfCoreAttention, te.TextCoreAttention)
 
 
 def without_sequence_parallel(linear: type[nn.Module]) -> type[nn.Module]:
@@ -84,17 +78,3 @@ def _spec(column: Any, row: Any, self_core: Any, cross_core: Any) -> LayerSpec:
         qk_norm=QKRMSNorm,
         replicated_input_column_linear=text_column,
     )
-
-
-def _te_cross(core: Any) -> Any:
-    class TECrossCoreAttention(core):
-        """Transformer Engine wants one padding mask for the queries and one for the keys."""
-
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-            if mask is None:
-                return super().forward(query, key, value, None, **kwargs)
-            batch, queries = query.shape[1], query.shape[0]
-            no_query_hidden = torch.zeros(batch, 1, 1, queries, dtype=torch.bool, device=query.device)
-            return super().forward(query, key, value, (no_query_hidden, mask), **kwargs)
-
-    return TECrossCoreAttention
