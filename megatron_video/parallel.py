@@ -21,7 +21,10 @@ from megatron_video.device import DeviceInfo, initialize
 
 @config_dataclass
 class ParallelConfig:
-    """How one model is laid out over ranks; the data-parallel size is what is left of the world size."""
+    """How one model is laid out over ranks; the data-parallel size is what is left of the world size.
+
+    Which layouts cannot work, and why: megatron_video/layout_rules.py.
+    """
 
     tensor_model_parallel_size: int = 1
     """Ranks over which every weight matrix, and with it the attention heads, is split."""
@@ -57,34 +60,6 @@ class ParallelConfig:
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layer spec: torch on any device, or Transformer Engine (CUDA)."""
 
-    def __post_init__(self) -> None:
-        """Refuse combinations that cannot work.
-
-        Raises:
-            ValueError: naming the fields, the values and the way out.
-        """
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("sequence_parallel=true needs tensor_model_parallel_size of at least 2, not 1")
-        if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("overlap_param_gather=true needs use_distributed_optimizer=true")
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather=true needs overlap_grad_reduce=true")
-        self._check_virtual_pipeline()
-
-    def _check_virtual_pipeline(self) -> None:
-        virtual = self.virtual_pipeline_model_parallel_size
-        if virtual is None:
-            return
-        if virtual < 2:
-            raise ValueError(f"virtual_pipeline_model_parallel_size={virtual}: use null, or 2 and more")
-        if self.pipeline_model_parallel_size < 2:
-            raise ValueError(
-                f"virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size of at least 2"
-            )
-
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model: TP x PP x CP."""
@@ -97,21 +72,17 @@ def initialize_parallel(parallel: ParallelConfig, seed: int, device_info: Device
     `seed` seeds megatron-core's tensor-parallel RNG tracker, which only dropout would use.
 
     Raises:
-        ValueError: the world size is not a multiple of TP x PP x CP.
+        UserError: the layout cannot work on this number of ranks.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_video.layout import Layout
+    from megatron_video.layout_rules import check_layout
+
+    check_layout(Layout(parallel, world_size=launched_ranks()))
     if not dist.is_initialized():
         _start_distributed(device_info)
-    world_size = dist.get_world_size()
-    if world_size % parallel.model_parallel_size:
-        raise ValueError(
-            f"{world_size} ranks cannot hold whole copies of a model laid out over {parallel.model_parallel_size} "
-            f"(tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} x "
-            f"context_parallel_size={parallel.context_parallel_size}); start a multiple of that many ranks"
-        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -121,6 +92,11 @@ def initialize_parallel(parallel: ParallelConfig, seed: int, device_info: Device
         create_gloo_process_groups=device_info.backend != "gloo",
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def launched_ranks() -> int:
+    """Ranks of this job, also before they know of each other: torchrun has told each of them."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _start_distributed(device_info: DeviceInfo) -> None:

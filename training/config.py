@@ -13,6 +13,8 @@ from megatron_video.config_io import config_dataclass
 from megatron_video.dit.config import DiTConfig
 from megatron_video.errors import UserError
 from megatron_video.flow_matching import TimeDensity
+from megatron_video.layout import Hardware, Layout
+from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
 
 PRESET_DIR = Path(__file__).parent / "configs"
@@ -201,59 +203,39 @@ class PretrainConfig:
             ValueError: naming the fields, the values and the way out.
         """
         # Relations inside one group are checked there; here are those between groups.
-        heads, tensor = self.model.num_attention_heads, self.parallel.tensor_model_parallel_size
-        if heads % tensor:
-            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(
-                f"parallel.tensor_model_parallel_size={tensor} does not divide model.num_attention_heads={heads}; "
-                f"that work: {allowed}"
-            )
-        pipeline = self.parallel.pipeline_model_parallel_size
-        chunks = pipeline * (self.parallel.virtual_pipeline_model_parallel_size or 1)
-        if self.model.num_layers % chunks:
-            raise ValueError(
-                f"model.num_layers={self.model.num_layers} cannot be cut into {chunks} equal chunks "
-                f"(pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size="
-                f"{self.parallel.virtual_pipeline_model_parallel_size or 1})"
-            )
+        try:
+            check_layout(self.layout())
+        except UserError as refusal:  # pydantic collects ValueErrors, and says where the configuration came from
+            raise ValueError(str(refusal)) from None
         if self.optimizer.warmup_steps > self.training.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than training.steps="
                 f"{self.training.steps}"
             )
 
-    def data_parallel_size(self, world_size: int) -> int:
+    def layout(self, world_size: int | None = None, hardware: Hardware | None = None) -> Layout:
+        """All that is known of the layout, for megatron_video.layout_rules."""
+        return Layout(
+            self.parallel,
+            self.model,
+            self.training.precision,
+            world_size=world_size,
+            micro_batches=self.data.micro_batches_per_step,
+            micro_batch_size=self.data.micro_batch_size,
+            samples_per_draw=self.data.samples_per_draw,
+            hardware=hardware,
+        )
+
+    def data_parallel_size(self, world_size: int, hardware: Hardware | None = None) -> int:
         """Replicas of the model on `world_size` ranks.
 
         Raises:
-            UserError: the ranks do not hold whole replicas, or the global batch cannot be shared among them.
+            UserError: the layout cannot work on so many ranks, or on this hardware.
         """
-        # Here and not in __post_init__: the number of ranks is known at the start of a job only.
-        model_parallel = self.parallel.model_parallel_size
-        if world_size % model_parallel:
-            near = _near_multiples(world_size, model_parallel)
-            raise UserError(
-                f"{world_size} ranks are not a multiple of TP x PP x CP = {model_parallel}; nearest: {near}"
-            )
-        replicas = world_size // model_parallel
-        if self.data.micro_batches_per_step % replicas:
-            # Every replica gets the same number of micro-batches, or the others wait in the gradient reduction.
-            one_round = self.data.micro_batch_size * replicas
-            raise UserError(
-                f"data.global_batch_size={self.data.global_batch_size} must be a multiple of data.micro_batch_size="
-                f"{self.data.micro_batch_size} x data-parallel size {replicas} = {one_round}; "
-                f"nearest: {_near_multiples(self.data.global_batch_size, one_round)}"
-            )
-        self._check_interleaving(self.data.micro_batches_per_step // replicas)
-        return replicas
-
-    def _check_interleaving(self, accumulation: int) -> None:
-        pipeline = self.parallel.pipeline_model_parallel_size
-        if self.parallel.virtual_pipeline_model_parallel_size and accumulation % pipeline:
-            raise UserError(
-                f"the interleaved schedule needs micro-batches per replica ({accumulation}) to be a multiple of "
-                f"parallel.pipeline_model_parallel_size={pipeline}; change data.global_batch_size"
-            )
+        # Here and not in __post_init__: where a job runs is known when it starts.
+        layout = self.layout(world_size, hardware)
+        check_layout(layout)
+        return layout.data_parallel_size
 
 
 def _check_positive(name: str, value: int) -> None:

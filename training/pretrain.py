@@ -16,6 +16,8 @@ import yaml
 
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
+from megatron_video.layout import Hardware
+from megatron_video.parallel import launched_ranks
 from training.config import PRESET_DIR, PretrainConfig
 
 
@@ -26,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    # Before any process group starts: torchrun has set WORLD_SIZE already.
-    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    # Before any process group starts, and before anything slow.
+    config.data_parallel_size(launched_ranks(), Hardware.detect())
     # megatron-core asks for it: with one queue, communication starts in the order in which it was issued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The device comes first: it decides what the imports below may assume. They also take seconds.

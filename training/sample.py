@@ -33,6 +33,7 @@ from training.sample_prompts import Prompt, read_prompts
 if TYPE_CHECKING:
     from megatron_video.device import DeviceInfo
     from megatron_video.dit import DiTConfig, VideoDiT
+    from megatron_video.layout import Precision
     from megatron_video.parallel import ParallelConfig
     from megatron_video.vae import VideoVAE
     from training.sample_folder import SampleFolder
@@ -52,7 +53,7 @@ class Job:
     times: Tensor
     """[steps + 1] fp32."""
     prompts: list[Prompt]
-    precision: str
+    precision: Precision
     device: DeviceInfo
 
     @property
@@ -68,13 +69,13 @@ def main(argv: Sequence[str]) -> int:
     from megatron_video.device import initialize
 
     device = initialize()
-    from megatron_video.parallel import destroy_parallel
+    from megatron_video.parallel import destroy_parallel, initialize_parallel
     from training.sample_folder import SampleFolder
 
     job = prepare(arguments, device)
     folder = SampleFolder(arguments.out, settings(job), job.prompts, is_image=arguments.frames == 1)
     try:
-        _start_ranks(job)
+        initialize_parallel(job.parallel, seed=0, device_info=device)
         made = sample(job, folder)
         if dist.get_rank() == 0:
             _report(arguments, folder, made)
@@ -89,7 +90,9 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
     Raises:
         UserError: an argument that cannot work, by name.
     """
-    from megatron_video.parallel import ParallelConfig
+    from megatron_video.layout import Hardware, Layout
+    from megatron_video.layout_rules import check_layout
+    from megatron_video.parallel import ParallelConfig, launched_ranks
     from training.checkpoint import find_checkpoint, read_config, read_model_config
 
     # In the order in which a user would mend them.
@@ -104,7 +107,7 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
         "transformer_impl": arguments.transformer_impl,
     }
     trained_in = read_config(checkpoint).get("training", {}).get("precision", "bf16")
-    return Job(
+    job = Job(
         arguments=arguments,
         checkpoint=checkpoint,
         model=read_model_config(checkpoint),
@@ -115,13 +118,16 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
         precision=arguments.precision or trained_in,
         device=device,
     )
+    ranks, hardware = launched_ranks(), Hardware.detect()
+    check_layout(Layout(job.parallel, job.model, job.precision, world_size=ranks, hardware=hardware))
+    return job
 
 
 def settings(job: Job) -> dict[str, Any]:
     """Everything that a sample depends on beside its prompt; batch size and ranks are not among it."""
     arguments = job.arguments
     # What is not here may differ between runs into one folder.
-    names = ("frames", "height", "width", "fps", "steps", "guidance", "time_shift", "negative_prompt")
+    names = ("frames", "height", "width", "fps", "steps", "guidance", "time_shift", "negative_prompt", "ema")
     state_file, weight_files = job.checkpoint / "train_state.json", sorted(job.checkpoint.glob("*.distcp"))
     return {
         "checkpoint": f"{job.checkpoint.name} {fingerprint_files([state_file, *weight_files])}",
@@ -266,15 +272,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--transformer-impl", choices=("local", "transformer_engine"), default="local", help="layers to use")
     add("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args(argv)
-
-
-def _start_ranks(job: Job) -> None:
-    from megatron_video.parallel import initialize_parallel
-
-    try:
-        initialize_parallel(job.parallel, seed=0, device_info=job.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _report(arguments: argparse.Namespace, folder: SampleFolder, made: int) -> None:

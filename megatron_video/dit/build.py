@@ -16,7 +16,8 @@ from megatron_video.dit.init import initialize_parameters
 from megatron_video.dit.model import VideoDiT
 from megatron_video.dit.specs import get_layer_spec
 from megatron_video.dit.stage import stages_of_rank
-from megatron_video.errors import UserError
+from megatron_video.layout import Hardware, Layout, Precision
+from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
 
 
@@ -34,9 +35,9 @@ def build_dit(
     unset, to be loaded.
 
     Raises:
-        UserError: heads or feed-forward width do not divide over tensor-parallel ranks, or layers over stages.
+        UserError: the layout cannot work for this model, or on this machine.
     """
-    _check_divides(dit, parallel)
+    check_layout(_layout(dit, parallel, params_dtype))
     config = transformer_config(dit, parallel, params_dtype)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp"])
     spec = get_layer_spec(parallel.transformer_impl)
@@ -110,11 +111,6 @@ def _mark_cut_weights(model: VideoDiT) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
 
 
-def _check_divides(dit: DiTConfig, parallel: ParallelConfig) -> None:
-    size = parallel.tensor_model_parallel_size
-    if dit.num_attention_heads % size:
-        fitting = [n for n in range(1, dit.num_attention_heads + 1) if dit.num_attention_heads % n == 0]
-        raise UserError(
-            f"tensor_model_parallel_size={size} does not divide num_attention_heads={dit.num_attention_heads}; "
-            f"sizes that do: {', '.join(map(str, fitting))}"
-        )
+def _layout(dit: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> Layout:
+    precision: Precision = "bf16" if params_dtype == torch.bfloat16 else "fp32"
+    return Layout(parallel, dit, precision, hardware=Hardware.detect())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_video.errors import UserError
 from megatron_video.parallel import ParallelConfig
 
 
@@ -39,18 +38,11 @@ class Stage:
 def stages_of_rank(num_layers: int, parallel: ParallelConfig, pipeline_rank: int) -> list[Stage]:
     """The stage, or under the interleaved schedule the chunks, of one pipeline rank.
 
-    Raises:
-        UserError: the layers do not divide over the stages.
+    The layers divide over the stages (megatron_video.layout_rules).
     """
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     pipeline = parallel.pipeline_model_parallel_size
     count = pipeline * chunks
-    if num_layers % count:
-        fitting = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
-        raise UserError(
-            f"num_layers={num_layers} does not divide over pipeline_model_parallel_size={pipeline} x "
-            f"{chunks} chunk(s); stages x chunks that work: {', '.join(map(str, fitting))}"
-        )
     per_stage = num_layers // count
     granularity, limit = parallel.recompute_granularity, parallel.recompute_num_layers
     recomputed = (per_stage if limit is None else min(limit, per_stage)) if granularity == "full" else 0

@@ -14,7 +14,7 @@ from training.config import PRESET_DIR, AdamWConfig, PretrainConfig
 from training.optimizer import learning_rate
 
 REFUSED = [
-    (["model.num_attention_heads=6", "parallel.tensor_model_parallel_size=4"], "that work: 1, 2, 3, 6"),
+    (["model.num_attention_heads=6", "parallel.tensor_model_parallel_size=4"], "that work: parallel.tensor_model_parallel_size=2, 3, 6"),
     (["model.num_layers=6", "parallel.pipeline_model_parallel_size=4"], "num_layers=6"),
     (["parallel.sequence_parallel=true"], "tensor_model_parallel_size"),
     (["data.global_batch_size=10", "data.micro_batch_size=4"], "nearest: 8 or 12"),
@@ -41,8 +41,8 @@ def test_contradictions_are_refused_by_name(overrides: list[str], message: str) 
 @pytest.mark.parametrize(
     ("world", "overrides", "message"),
     [
-        (3, ["parallel.tensor_model_parallel_size=2"], "nearest: 2 or 4"),
-        (3, ["data.global_batch_size=8"], "nearest: 6 or 9"),
+        (3, ["parallel.tensor_model_parallel_size=2"], "nearest that work: world_size=2; or parallel.tensor"),
+        (3, ["data.global_batch_size=8"], "nearest that work: data.global_batch_size=6, 9, 12"),
         (
             2,
             [

@@ -161,7 +161,7 @@ def test_negative_prompt_counts(models: Path, samples: Path, tmp_path: Path) -> 
         ("--guidance", "nan", "guidance=nan"),
         ("--steps", "0", "steps=0"),
         ("--batch-size", "0", "--batch-size 0"),
-        ("--tensor-parallel-size", "3", "1 ranks cannot hold"),
+        ("--tensor-parallel-size", "3", "nearest that work: parallel.tensor_model_parallel_size=1"),
         ("--vae", "/nowhere", "--vae /nowhere"),
         ("--text", "/nowhere", "/nowhere holds no text encoders"),
         ("--checkpoint", "/nowhere", "/nowhere is not a folder"),
