@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+
+from megatron_video.dit import fused
+from megatron_video.dit.rope import Rope
 
 BLOCK_NORM_EPS = 1e-5  # LayerNorm of the blocks; not the model's norm_eps (reference H5)
 
@@ -19,20 +21,22 @@ class BlockLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise tokens [s, b, D], then shift and scale them by [1, b, D] each."""
-        return torch.addcmul(shift, super().forward(x), scale + 1)
+        return fused.modulated_layer_norm(x, self.weight, self.bias, shift, scale, self.eps)
 
 
 class QKRMSNorm(nn.Module):
-    """RMSNorm over the channels of one head: fp32 inside, rounded to the input's dtype, then weighted (H20)."""
+    """RMSNorm over the channels of one head, for queries and keys; self-attention rotates them at once."""
 
     def __init__(self, hidden_size: int, config: TransformerConfig, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [s, b, heads, head_dim]."""
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        """Normalise `x` [s, b, heads, head_dim], and rotate it if a table is given."""
+        if rope is None:
+            return fused.rms_norm(x, self.weight, self.eps)
+        return fused.rotated_rms_norm(x, self.weight, self.eps, rope)
 
 
 def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
