@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ckpt": ("checkpoints_tools.cli", "convert and verify checkpoints"),
     "sample": ("training.sample", "prompts -> mp4 videos and contact sheets"),
     "measure": ("training.measure_shapes", "colour and direction of generated shape videos against their prompts"),
+    "test-layouts": (
+        "training.layout_matrix.command",
+        "train a small model in every parallel layout and compare it with one process",
+    ),
     "doctor": ("megatron_video.doctor", "what is installed, which backends work, and what to do about what is missing"),
 }
 

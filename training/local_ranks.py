@@ -6,6 +6,7 @@ therefore forked from one process that has imported them once, and every call fo
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -217,3 +218,5 @@ def _call_in_world(function: Callable[..., Any], args: tuple[Any, ...], rank: in
         return result
     finally:
         destroy_parallel()
+        # Models hang in cycles of hooks; thousands of calls must not pile them up.
+        gc.collect()

@@ -11,15 +11,25 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
+from training.layout_matrix.checkpoints import (
+    checkpoint_cases,
+    cross_load,
+    cross_load_summary,
+    cross_load_table,
+)
+from training.layout_matrix.refusals import refusals_report
 from training.layout_matrix.report import (
     DTYPE_NAMES,
+    FinishedReport,
     as_json,
     matrix_table,
     progress_line,
@@ -41,6 +51,10 @@ _DTYPES: dict[str, tuple[Dtype, ...]] = {
 def main(argv: Sequence[str]) -> int:
     """Run what the arguments ask for; 0 if everything agrees, 1 if not."""
     arguments = _parser().parse_args(argv)
+    if arguments.refusals:
+        return _write(arguments, refusals_report())
+    if arguments.checkpoints:
+        return _run_checkpoints(arguments)
     rows = select_rows(arguments)
     if arguments.list:
         print(_listing(rows))
@@ -70,20 +84,40 @@ def select_rows(arguments: argparse.Namespace) -> list[Row]:
 
 def _run(arguments: argparse.Namespace, rows: list[Row]) -> int:
     with RankPool(max(case.ranks for case, _ in rows), arguments.device) as pool:
-        heading = _heading(rows, pool)
+        heading = f"{len(rows)} layouts of up to {pool.size} ranks on {_machine(pool)}\n{_work()}"
         print(heading, flush=True)
         outcomes = _with_progress(pool, rows)
-    tables = {dtype: f"{DTYPE_NAMES[dtype]}, largest relative errors" for _, dtype in rows}
-    for dtype, title in tables.items():
-        print(f"\n{title}\n\n{matrix_table(outcomes, dtype)}")
-    print(f"\n{summary(outcomes)}")
+    found = FinishedReport("Layout matrix", heading, summary(outcomes), as_json(outcomes))
+    found.wrong = any(outcome.wrong for outcome in outcomes)
+    for dtype in dict.fromkeys(dtype for _, dtype in rows):
+        tables = [matrix_table(outcomes, dtype, markdown) for markdown in (False, True)]
+        found.add(f"{DTYPE_NAMES[dtype]}: largest relative errors", *tables)
+    return _write(arguments, found)
+
+
+def _run_checkpoints(arguments: argparse.Namespace) -> int:
+    writers, readers = checkpoint_cases(arguments.short, arguments.max_ranks)
+    with RankPool(max(case.ranks for case in (*writers, *readers)), arguments.device) as pool:
+        heading = f"{len(writers)} x {len(readers)} layouts on {_machine(pool)}\n{_work()}, a save, and one more step"
+        print(heading, flush=True)
+        with tempfile.TemporaryDirectory(prefix="layouts_") as folder:
+            cells = cross_load(pool, Path(folder), writers, readers, _tell)
+    values = [asdict(cell) for cell in cells]
+    found = FinishedReport("Checkpoint cross-load", heading, cross_load_summary(cells), values)
+    found.wrong = any(cell.wrong for cell in cells)
+    found.add("largest relative error after one more step", cross_load_table(cells), cross_load_table(cells, True))
+    return _write(arguments, found)
+
+
+def _write(arguments: argparse.Namespace, found: FinishedReport) -> int:
+    for title, table, _ in found.tables:
+        print(f"\n{title}\n\n{table}")
+    print(f"\n{found.summary}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"heading": heading, "layouts": as_json(outcomes)}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"heading": found.heading, "rows": found.values}, indent=1) + "\n")
     if arguments.report:
-        parts = [f"## {title}\n\n{matrix_table(outcomes, dtype, markdown=True)}" for dtype, title in tables.items()]
-        text = "\n\n".join(["# Layout matrix", heading, *parts, summary(outcomes)])
-        arguments.report.write_text(text + "\n", encoding="utf-8")
-    return 1 if any(outcome.wrong for outcome in outcomes) else 0
+        arguments.report.write_text(found.markdown() + "\n", encoding="utf-8")
+    return 1 if found.wrong else 0
 
 
 def _with_progress(pool: RankPool, rows: list[Row]) -> list[Outcome]:
@@ -98,13 +132,19 @@ def _with_progress(pool: RankPool, rows: list[Row]) -> list[Outcome]:
     return run_matrix(pool, rows, tell)
 
 
-def _heading(rows: list[Row], pool: RankPool) -> str:
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _machine(pool: RankPool) -> str:
+    place = f"{torch.cuda.get_device_name()} (NCCL)" if pool.device == "cuda" else f"{os.cpu_count()} CPU cores (gloo)"
+    return f"{place}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _work() -> str:
     work = Workload()
     samples = sum(shape[3] for shape in work.shapes)
-    place = f"{torch.cuda.get_device_name()} (NCCL)" if pool.device == "cuda" else f"{os.cpu_count()} CPU cores (gloo)"
     return (
-        f"{len(rows)} layouts of up to {pool.size} ranks on {place}; torch {torch.__version__}, "
-        f"Python {platform.python_version()}\n"
         f"{STEPS} AdamW steps with clipping and EMA; {len(work.shapes)} micro-batches of images and videos, "
         f"{samples} samples, captions of different lengths"
     )
@@ -144,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--list", action="store_true", help="show the layouts and end")
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="save in every layout, load in every other, and go on"
+    )
+    parser.add_argument("--refusals", action="store_true", help="show which layouts cannot work, and why")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="only these (names as --list shows them)")
     parser.add_argument("--max-ranks", type=int, default=8, metavar="N", help="leave out larger ones (default: 8)")
     parser.add_argument("--dtype", choices=_DTYPES, default="both", help="default: both")

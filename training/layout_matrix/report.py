@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from training.layout_matrix.compare import TensorError
@@ -26,11 +26,34 @@ _COLUMNS: dict[Dtype, dict[str, str]] = {
 _TENSOR_WIDTH = {"float32": 30, "bfloat16": 22}
 
 
+@dataclass
+class FinishedReport:
+    """What a mode of the command found: printed, and written as Markdown or JSON."""
+
+    title: str
+    heading: str
+    summary: str
+    values: list[dict[str, Any]]
+    """For JSON."""
+    tables: list[tuple[str, str, str]] = field(default_factory=list)
+    """(title, text, Markdown)."""
+    wrong: bool = False
+
+    def add(self, title: str, text: str, markdown: str) -> None:
+        """One more table."""
+        self.tables.append((title, text, markdown))
+
+    def markdown(self) -> str:
+        """All of it as a page."""
+        tables = [f"## {title}\n\n{markdown}" for title, _, markdown in self.tables]
+        return "\n\n".join([f"# {self.title}", self.heading, *tables, self.summary])
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first is left-aligned, and so are those whose cells are not numbers."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [" ".join(_pad(cell, width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    lines.insert(1, " ".join("-" * width for width in widths))
+    """Columns as wide as their widest cell; those of numbers are right-aligned."""
+    columns = [_aligned(list(column)) for column in zip(header, *rows, strict=True)]
+    lines = [" ".join(line) for line in zip(*columns, strict=True)]
+    lines.insert(1, " ".join("-" * len(column[0]) for column in columns))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -137,5 +160,7 @@ def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _pad(cell: str, width: int) -> str:
-    return cell.rjust(width) if cell[:1].isdigit() or cell in ("-", "inf") else cell.ljust(width)
+def _aligned(column: list[str]) -> list[str]:
+    width = max(map(len, column))
+    numbers = all(cell[:1].isdigit() or cell in ("", "-", "inf", "FAILED") for cell in column[1:])
+    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
