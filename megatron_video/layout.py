@@ -43,6 +43,8 @@ class Hardware:
     """Of this process's device: (8, 0) A100, (9, 0) H100 / H800 / H200, (10, 0) B200."""
     transformer_engine: str | None = None
     """Version of the installed package; None without it."""
+    cuda_version: tuple[int, int] | None = None
+    """CUDA version that torch was built for."""
 
     @staticmethod
     def detect() -> Hardware:
@@ -54,7 +56,8 @@ class Hardware:
         if not torch.cuda.is_available():
             return Hardware(transformer_engine=engine)
         device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        return Hardware(True, torch.cuda.get_device_capability(device), engine)
+        major, minor = str(torch.version.cuda).split(".")[:2]
+        return Hardware(True, torch.cuda.get_device_capability(device), engine, (int(major), int(minor)))
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ class Layout:
         for group in _GROUPS:
             items = {name.partition(".")[2]: value for name, value in change.items() if name.startswith(f"{group}.")}
             if items:
+                if "attention_head_dim" in items:  # channels are split anew over frame, row and column
+                    items = {"rope_channel_split": None, **items}
                 values[group] = replace(getattr(self, group) or _defaults(group), **items)
         for name, value in change.items():
             item = name.rpartition(".")[2]
@@ -151,6 +156,26 @@ class Layout:
             elif name.partition(".")[0] not in _GROUPS:
                 values[item] = value
         return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of layout that cannot work. It is asked only where all of its fields are known."""
+
+    name: str
+    """Of the kind, for tests and tables."""
+    fields: tuple[str, ...]
+    """The facts it is about, as the configuration names them."""
+    refuses: Callable[[Layout], bool]
+    """Whether a layout is of this kind; may rely on the sizes being at least 1."""
+    reason: str
+    """Why it cannot work; `{layout...}` stands for a value derived from the layout."""
+    example: Change
+    """The smallest change of an empty layout that is of this kind."""
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether this rule refuses the layout."""
+        return all(layout.knows(name) for name in self.fields) and self.refuses(layout)
 
 
 def nearest(layout: Layout, names: Iterable[str], works: Callable[[Layout], bool]) -> list[Change]:
@@ -197,15 +222,16 @@ def _alternatives(layout: Layout, name: str) -> list[Any]:
     elif name == "training.precision":
         values = _values_of_type(Precision, value)
     elif name == "world_size":
-        values = _values_of_type(int, value)[1:]
+        values = _values_of_type(int, value)
     else:
         return []
-    others = [other for other in values if other != value and (other is not None or name.startswith(_OPTIONAL))]
+    others = [other for other in values if other != value and _can_be(name, other)]
     return sorted(others, key=lambda other: _distance(value, other))
 
 
-# Facts outside the groups are None only where they are unknown, which is nothing one could set.
-_OPTIONAL = tuple(f"{group}." for group in _VARIED_GROUPS)
+def _can_be(name: str, value: Any) -> bool:
+    """Whether a rule may be asked about this value: they divide by sizes."""
+    return not (name.endswith("_size") and value is not None and value < 1)
 
 
 def _values_of_type(hint: Any, value: Any) -> list[Any]:

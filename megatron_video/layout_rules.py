@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_video.errors import UserError
-from megatron_video.layout import Change, Layout, nearest
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One kind of layout that cannot work. It is asked only where all of its fields are known."""
-
-    name: str
-    """Of the kind, for tests and tables."""
-    fields: tuple[str, ...]
-    """The facts it is about, as the configuration names them."""
-    refuses: Callable[[Layout], bool]
-    """Whether a layout is of this kind; may rely on the sizes being at least 1."""
-    reason: str
-    """Why it cannot work; `{layout...}` stands for a value derived from the layout."""
-    example: Change
-    """The smallest change of an empty layout that is of this kind."""
-
-    def applies(self, layout: Layout) -> bool:
-        """Whether this rule refuses the layout."""
-        return all(layout.knows(name) for name in self.fields) and self.refuses(layout)
-
+from megatron_video.fp8_rules import FP8_RULES
+from megatron_video.layout import Change, Layout, Rule, nearest
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -255,6 +234,7 @@ RULES: tuple[Rule, ...] = (
         reason="its attention over several ranks needs heads of a multiple of 8 channels, at most 256",
         example={CP: 2, IMPL: "transformer_engine", HEAD_DIM: 12, "model.rope_channel_split": [4, 4, 4]},
     ),
+    *FP8_RULES,
 )
 
 

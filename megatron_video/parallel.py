@@ -48,6 +48,10 @@ class ParallelConfig:
     """Reduce gradients during the backward pass of the last micro-batch."""
     overlap_param_gather: bool = False
     """Gather parameters during the forward pass of the first micro-batch (needs use_distributed_optimizer)."""
+    use_megatron_fsdp: bool = False
+    """Cut the model over the data- and context-parallel ranks (Megatron-FSDP), in place of the three fields above."""
+    data_parallel_sharding_strategy: Literal["optim", "optim_grads", "optim_grads_params"] = "optim_grads_params"
+    """What Megatron-FSDP cuts: optimizer state, gradients too, weights too (ZeRO-1, -2, -3)."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations that backward computes again instead of keeping them: `full` whole layers, `selective` the parts of
     every layer named by recompute_modules; null keeps all."""
@@ -57,6 +61,12 @@ class ParallelConfig:
         default_factory=lambda: ["core_attn", "mlp"]
     )
     """For `selective`: `core_attn` is self-attention between its projections."""
+    fine_grained_activation_offloading: bool = False
+    """Keep activations for backward in the host's memory; needs CUDA and the package transformer-engine."""
+    offload_modules: list[Literal["self_attention", "cross_attention", "mlp"]] = field(
+        default_factory=lambda: ["self_attention", "cross_attention", "mlp"]
+    )
+    """Branches of every layer whose activations go there."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layer spec: torch on any device, or Transformer Engine (CUDA)."""
 
@@ -69,7 +79,8 @@ class ParallelConfig:
 def initialize_parallel(parallel: ParallelConfig, seed: int, device_info: DeviceInfo) -> None:
     """Start torch.distributed (one process without torchrun too) and build megatron-core's process groups.
 
-    `seed` seeds megatron-core's tensor-parallel RNG tracker, which only dropout would use.
+    `seed` seeds megatron-core's tensor-parallel RNG tracker. Nothing of ours draws from it: dropout masks are keyed by
+    sample (megatron_video/dit/dropout.py), because a tracker's would differ from layout to layout.
 
     Raises:
         UserError: the layout cannot work on this number of ranks.

@@ -16,6 +16,7 @@ from megatron_video.dit.init import initialize_parameters
 from megatron_video.dit.model import VideoDiT
 from megatron_video.dit.specs import get_layer_spec
 from megatron_video.dit.stage import stages_of_rank
+from megatron_video.fp8 import Fp8Config
 from megatron_video.layout import Hardware, Layout, Precision
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
@@ -28,6 +29,7 @@ def build_dit(
     *,
     device: torch.device,
     init_seed: int | None = 0,
+    fp8: Fp8Config | None = None,
 ) -> list[VideoDiT]:
     """This rank's part of the model: one module, or one per chunk under the interleaved schedule.
 
@@ -37,9 +39,10 @@ def build_dit(
     Raises:
         UserError: the layout cannot work for this model, or on this machine.
     """
-    check_layout(_layout(dit, parallel, params_dtype))
-    config = transformer_config(dit, parallel, params_dtype)
-    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp"])
+    check_layout(_layout(dit, parallel, params_dtype, fp8 or Fp8Config()))
+    config = transformer_config(dit, parallel, params_dtype, fp8)
+    names = ["tp", "pp", "cp", *(["hcp"] if parallel.hierarchical_context_parallel_sizes else [])]
+    groups = ProcessGroupCollection.use_mpu_process_groups(names)
     spec = get_layer_spec(parallel.transformer_impl)
     chunks = []
     for stage in stages_of_rank(dit.num_layers, parallel, parallel_state.get_pipeline_model_parallel_rank()):
@@ -52,7 +55,9 @@ def build_dit(
     return chunks
 
 
-def transformer_config(dit: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    dit: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype, fp8: Fp8Config | None = None
+) -> TransformerConfig:
     """megatron-core's configuration for this model under this layout."""
     pipelined = parallel.pipeline_model_parallel_size > 1
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
@@ -94,9 +99,13 @@ def transformer_config(dit: DiTConfig, parallel: ParallelConfig, params_dtype: t
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # training.optimizer switches it on, where there are main gradients
+        **(fp8 or Fp8Config()).megatron_settings(),
     )
     config.has_cond_embedder = True  # sum the embedders' gradients over pipeline stages
+    # After its own check, which knows the names of a language model's modules only.
+    config.fine_grained_activation_offloading = parallel.fine_grained_activation_offloading
+    config.offload_modules = list(parallel.offload_modules)
     return config
 
 
@@ -111,6 +120,6 @@ def _mark_cut_weights(model: VideoDiT) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
 
 
-def _layout(dit: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> Layout:
+def _layout(dit: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype, fp8: Fp8Config) -> Layout:
     precision: Precision = "bf16" if params_dtype == torch.bfloat16 else "fp32"
-    return Layout(parallel, dit, precision, hardware=Hardware.detect())
+    return Layout(parallel, dit, precision, fp8, hardware=Hardware.detect())
