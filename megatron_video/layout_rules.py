@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_video.errors import UserError
 from megatron_video.fp8_rules import FP8_RULES
+from megatron_video.fsdp_rules import FSDP_RULES
 from megatron_video.layout import Change, Layout, Rule, nearest
 
 TP = "parallel.tensor_model_parallel_size"
@@ -159,7 +160,7 @@ RULES: tuple[Rule, ...] = (
         fields=(CP_SIZES, CP),
         refuses=lambda layout: layout[CP_SIZES] is not None and not _are_factors(layout[CP_SIZES], layout[CP]),
         reason="two numbers of at least 1 whose product is the context-parallel size",
-        example={CP: 4, CP_TYPE: "a2a+p2p", CP_SIZES: [2, 4], IMPL: "transformer_engine"},
+        example={CP_TYPE: "a2a+p2p", CP_SIZES: [2, 2]},
     ),
     Rule(
         name="heads over context-parallel ranks",
@@ -204,14 +205,14 @@ RULES: tuple[Rule, ...] = (
         fields=(IMPL, CUDA),
         refuses=lambda layout: layout[IMPL] == "transformer_engine" and not layout[CUDA],
         reason="Transformer Engine runs on CUDA devices only, and torch sees none",
-        example={IMPL: "transformer_engine", CUDA: False, ENGINE: "2.11.0"},
+        example={IMPL: "transformer_engine", ENGINE: "2.11.0"},
     ),
     Rule(
         name="Transformer Engine not installed",
         fields=(IMPL, ENGINE),
         refuses=lambda layout: layout[IMPL] == "transformer_engine" and layout[ENGINE] is None,
         reason="the package transformer-engine is not installed (pip install megatron-video[gpu])",
-        example={IMPL: "transformer_engine", CUDA: True, CAPABILITY: (9, 0)},
+        example={IMPL: "transformer_engine", CUDA: True},
     ),
     Rule(
         name="Transformer Engine on an old device",
@@ -235,6 +236,7 @@ RULES: tuple[Rule, ...] = (
         example={CP: 2, IMPL: "transformer_engine", HEAD_DIM: 12, "model.rope_channel_split": [4, 4, 4]},
     ),
     *FP8_RULES,
+    *FSDP_RULES,
 )
 
 
