@@ -234,6 +234,9 @@ class VideoDiT(MegatronModule):
             for parameter in module.parameters():
                 parameter.pipeline_parallel = True  # type: ignore[union-attr]
                 parameter.shared = not self.stage.is_first  # type: ignore[union-attr]
+                # A gradient bucket of its own: ZeRO-1 then cuts it over replicas at the same elements on every stage.
+                # Otherwise the sum over stages, which comes after the reduce-scatter, adds unreduced elements.
+                parameter.shared_embedding = self.stage.count > 1  # type: ignore[union-attr]
 
     def _number_replicas(self, part: dict[str, Any]) -> None:
         for tensor in part.values():

@@ -180,7 +180,7 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("tp2_pp2_vpp2_dp2", _tp(2) | _pp(2, 2), 2),
     LayoutCase("tp2_sp_pp2_vpp2_dp2_zero1", _tp_sp(2) | _pp(2, 2) | ZERO1_OVERLAP, 2),
     LayoutCase("pp2_cp2_dp2_zero1_overlap", _pp(2) | _cp(2) | ZERO1_OVERLAP, 2),
-    LayoutCase("pp4_dp2_zero1", _pp(4) | ZERO1, 2),
+    LayoutCase("pp4_dp2_zero1", _pp(4) | ZERO1, 2, short=True),
     LayoutCase("pp4_cp2_a2a", _pp(4) | _cp(2)),
     # Recomputation and dropout inside products.
     LayoutCase("tp2_sp_recompute_full", _tp_sp(2) | FULL),
