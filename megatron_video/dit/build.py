@@ -41,6 +41,7 @@ def build_dit(
     """
     check_layout(_layout(dit, parallel, params_dtype, fp8 or Fp8Config()))
     config = transformer_config(dit, parallel, params_dtype, fp8)
+    config.init_model_with_meta_device = device.type == "meta"  # Transformer Engine names its device itself
     names = ["tp", "pp", "cp", *(["hcp"] if parallel.hierarchical_context_parallel_sizes else [])]
     groups = ProcessGroupCollection.use_mpu_process_groups(names)
     spec = get_layer_spec(parallel.transformer_impl)
