@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from megatron_video.dit.rope import Rope
 
 logger = logging.getLogger(__name__)
+_switched_off = False
 
 
 def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -84,8 +87,19 @@ def plain_gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(x, gate, branch)
 
 
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Plain torch on every device inside: to measure what the kernels bring, and to look for a fault in them."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and _triton_is_installed()
+    return x.is_cuda and not _switched_off and _triton_is_installed()
 
 
 @lru_cache

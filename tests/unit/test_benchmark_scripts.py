@@ -1,0 +1,62 @@
+"""The benchmarks run, at sizes that say nothing about speed: their tables hold what was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import block_bench
+import cpu_step_bench
+import fused_bench
+import pytest
+import torch
+
+from megatron_video.flops import training_flops
+
+
+def read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    assert content["environment"]["packages"]["torch"] == torch.__version__
+    assert content["environment"]["commit"]
+    return content
+
+
+def test_block_bench_times_ours_and_the_plain_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--hidden 64 --head-dim 16 --tokens 20 --shards 1 2 --layers 1 2 --text-tokens 9 --hidden-text 2"
+    file = tmp_path / "block.json"
+    block_bench.main([*sizes.split(), "--device", "cpu", "--dtype", "float32", "--variants", "local", "plain", "te",
+                      "--warmup", "1", "--repeats", "2", "--out", str(file)])  # fmt: skip
+    rows = read(file)["rows"]
+    # shards x variants x (two stacks and one set of linears)
+    assert len(rows) == 2 * 3 * 3
+    measured = [row for row in rows if row["variant"] != "te"]
+    assert all(row["status"] == "ok" for row in measured)
+    stack = next(row for row in measured if (row["shard"], row["layers"], row["part"]) == (2, 2, "block"))
+    assert stack["tflops"] * 1e12 * stack["ms"] / 1e3 == pytest.approx(training_flops(2, 64, 20, 9) / 2)
+    if not torch.cuda.is_available():
+        assert all(row["status"].startswith("unavailable: ") for row in rows if row["variant"] == "te")
+    assert "of_ceiling" in capsys.readouterr().out
+
+
+def test_fused_bench_times_every_operation(tmp_path: Path) -> None:
+    file = tmp_path / "fused.json"
+    fused_bench.main(["--hidden", "64", "--head-dim", "16", "--tokens", "20", "--device", "cpu", "--dtype", "float32",
+                      "--forms", "plain", "kernel", "--warmup", "1", "--repeats", "2", "--out", str(file)])  # fmt: skip
+    rows = read(file)["rows"]
+    assert [row["status"] for row in rows if row["form"] == "plain"] == ["ok"] * 4
+    # What was asked for and cannot be had is said, not replaced.
+    assert all("need CUDA" in row["status"] for row in rows if row["form"] == "kernel")
+
+
+def test_cpu_step_bench_compares_equal_models(tmp_path: Path) -> None:
+    file = tmp_path / "cpu_step.json"
+    cpu_step_bench.main(["--layers", "1", "--heads", "2", "--head-dim", "16", "--grid", "1", "2", "3",
+                         "--steps", "2", "--warmup", "1", "--out", str(file)])  # fmt: skip
+    content = read(file)
+    assert len(content["rows"]) == 3
+    losses = [row["ours"]["loss"] for row in content["rows"]]
+    assert losses == pytest.approx([row["plain"]["loss"] for row in content["rows"]], rel=1e-5)
+    assert len(set(losses)) == 3
+    assert content["summary"]["median cpu_s"]["ratio"] > 0
+    assert content["summary"]["peak_rss_mib"]["plain"] > 50
