@@ -14,7 +14,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ PATCHED_MODULES = (
     "dist_checkpointing.strategies.fully_parallel",
     "dist_checkpointing.strategies.state_dict_saver",
     "distributed.distributed_data_parallel",
+    "distributed.fsdp.mcore_fsdp_adapter",
+    "distributed.fsdp.src.megatron_fsdp.megatron_fsdp",
+    "distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer",
     "distributed.param_and_grad_buffer",
     "optimizer.clip_grads",
     "optimizer.distrib_optimizer",
@@ -90,6 +95,7 @@ def _initialize_cpu() -> DeviceInfo:
     for name in PATCHED_MODULES:
         module = importlib.import_module(f"megatron.core.{name}")
         module.torch = view  # type: ignore[attr-defined]
+    _fit_megatron_fsdp()
     _map_rng_state_to_cpu()
     _map_tensor_methods_to_cpu()
     return DeviceInfo(_CPU, "gloo")
@@ -117,6 +123,35 @@ class _CudaOnCpu:
     def manual_seed(seed: int) -> None:
         torch.manual_seed(seed)
 
+    @staticmethod
+    def set_rng_state(state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def Stream() -> _StreamOnCpu:  # noqa: N802 (torch's name)
+        return _StreamOnCpu()
+
+    @staticmethod
+    def current_stream() -> _StreamOnCpu:
+        return _StreamOnCpu()
+
+    @staticmethod
+    def stream(stream: _StreamOnCpu) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _StreamOnCpu:
+    """A CUDA stream, or an event on it: work on the CPU is done when the call that does it returns."""
+
+    def wait_stream(self, other: _StreamOnCpu) -> None:
+        """There is nothing to wait for."""
+
+    def record_event(self) -> _StreamOnCpu:
+        return self
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
 
 class _CpuView:
     """`torch` as megatron-core sees it on a machine without CUDA; every other name is torch's own."""
@@ -125,6 +160,10 @@ class _CpuView:
         self.cuda = _CudaOnCpu()
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    @staticmethod
+    def device(name: Any) -> torch.device:
+        return _CPU if str(name).startswith("cuda") else torch.device(name)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -139,6 +178,16 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return create
+
+
+def _fit_megatron_fsdp() -> None:
+    """Megatron-FSDP lays its ranks out on a mesh of "cuda" devices."""
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+
+    def from_group(group: Any, device_type: str, **keywords: Any) -> torch.distributed.DeviceMesh:
+        return torch.distributed.DeviceMesh.from_group(group, "cpu", **keywords)
+
+    mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(from_group=from_group)
 
 
 def _map_rng_state_to_cpu() -> None:

@@ -1,20 +1,26 @@
-"""AdamW on megatron-core: gradients reduced over replicas, optimizer state whole or sharded (ZeRO-1)."""
+"""AdamW on megatron-core: gradients reduced over replicas; optimizer state whole, sharded (ZeRO-1) or FSDP's."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_video.dit import VideoDiT
 from megatron_video.parallel import ParallelConfig
 from training.config import AdamWConfig
+from training.fsdp import FullyShardedDiT
+from training.gradient_fusion import fuse_gradient_accumulation
+
+WrappedChunk: TypeAlias = DistributedDataParallel | FullyShardedDiT
 
 # Parameters without weight decay: everything with one dimension (norms, biases) and the adaLN tables.
 _WITHOUT_DECAY = ParamKey(
@@ -23,39 +29,48 @@ _WITHOUT_DECAY = ParamKey(
 )
 
 
-def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list[WrappedChunk]:
     """Give the model gradient buffers that are reduced over its replicas, and megatron-core the hooks it calls.
 
     Gradients are summed in fp32 whatever the parameters' type.
     """
+    config = chunks[0].config
+    if parallel.use_megatron_fsdp:
+        model = [FullyShardedDiT(chunk, parallel) for chunk in chunks]
+    else:
+        model = _wrap_replicated(chunks, parallel)
+    # Called by the schedule after the last micro-batch: reduces over replicas, sums what SP and PP replicate, divides.
+    config.finalize_model_grads_func = finalize_model_grads
+    # Without it, reduction would start in every micro-batch and not only in the last.
+    if model[0].ddp_config.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in model]
+        config.no_sync_func = hooks[0] if len(hooks) == 1 else hooks
+    return model
+
+
+def _wrap_replicated(chunks: list[VideoDiT], parallel: ParallelConfig) -> list[DistributedDataParallel]:
     # bf16 gradients of many micro-batches and replicas would lose small contributions when added in bf16.
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=chunks[0].config.fp8_param,
     )
-    config = chunks[0].config
     model = [
         # Later chunks reduce while earlier ones still compute: no use in cutting them into buckets.
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    # Called by the schedule after the last micro-batch: reduces over replicas, sums what SP and PP replicate, divides.
-    config.finalize_model_grads_func = finalize_model_grads
-    # Without it, reduction would start in every micro-batch and not only in the last.
-    if parallel.overlap_grad_reduce:
-        hooks = [chunk.no_sync for chunk in model]
-        config.no_sync_func = hooks[0] if len(hooks) == 1 else hooks
+    for chunk in chunks:
+        fuse_gradient_accumulation(chunk)
     return model
 
 
-def build_optimizer(
-    model: list[DistributedDataParallel], config: AdamWConfig, parallel: ParallelConfig
-) -> MegatronOptimizer:
+def build_optimizer(model: list[WrappedChunk], config: AdamWConfig, parallel: ParallelConfig) -> MegatronOptimizer:
     """AdamW over all parameters of this rank, with fp32 copies of bf16 ones."""
     # Of the weights; the state is fp32 in any case.
-    dtype = next(model[0].parameters()).dtype
+    dtype = model[0].config.params_dtype
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.learning_rate,
@@ -67,17 +82,25 @@ def build_optimizer(
         clip_grad=config.clip_grad_norm,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        use_distributed_optimizer=parallel.use_distributed_optimizer or parallel.use_megatron_fsdp,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=model[0].config.fp8_recipe if model[0].config.fp8 else None,
     )
     # Beside NCCL, megatron-core keeps gloo groups for collectives on CPU tensors.
     uses_nccl = torch.distributed.get_backend() == "nccl"
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         settings,
         model,
         config_overrides={_WITHOUT_DECAY: ParamGroupOverride(wd_mult=0.0)},
         use_gloo_process_groups=uses_nccl,
     )
+    # Only under Megatron-FSDP it comes bare.
+    return optimizer if isinstance(optimizer, ChainedOptimizer) else ChainedOptimizer([optimizer])
+
+
+def describe_adam() -> str:
+    """Which implementation of AdamW megatron-core picked: Transformer Engine's, else Apex's, else torch's."""
+    return f"{Adam.__name__} of {Adam.__module__.partition('.')[0]}"
 
 
 def learning_rate(step: int, config: AdamWConfig, total_steps: int) -> float:

@@ -30,8 +30,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     # Before any process group starts, and before anything slow.
     config.data_parallel_size(launched_ranks(), Hardware.detect())
-    # megatron-core asks for it: with one queue, communication starts in the order in which it was issued.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # megatron-core asks for it: with one queue, communication starts in the order in which it was issued. Megatron-FSDP
+    # asks for more, so that its gathers run beside the computation.
+    if not config.parallel.use_megatron_fsdp:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The device comes first: it decides what the imports below may assume. They also take seconds.
     from megatron_video.device import initialize
 

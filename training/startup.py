@@ -17,6 +17,7 @@ from training.checkpoint import TrainState, read_config
 from training.config import PretrainConfig
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
+from training.optimizer import describe_adam
 
 
 def describe_run(
@@ -28,6 +29,7 @@ def describe_run(
     yield f"run {config.run.output_dir}: stage {config.run.stage!r}, seed {config.run.seed}"
     yield _ranks(config, world, replicas)
     yield _model(config, count_parameters(model))
+    yield from _precision(config)
     yield _batch(config, replicas)
     yield from _buckets(config, data, plan)
     yield from _cost(config, data, plan, world)
@@ -51,7 +53,8 @@ def count_parameters(model: list[DistributedDataParallel]) -> int:
     """Parameters of the whole model, each counted once over tensor- and pipeline-parallel ranks."""
     # Copies (norms under TP, embedders on later stages) are marked; each is counted where it is first.
     own = sum(
-        parameter.numel()
+        # Megatron-FSDP's own tensors tell the size over all tensor-parallel ranks.
+        getattr(parameter, "orig_param", parameter).numel()
         for chunk in model
         for parameter in chunk.parameters()
         if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
@@ -81,6 +84,17 @@ def _model(config: PretrainConfig, parameters: int) -> str:
         f"model: {model.num_layers} layers, width {model.hidden_size} = {model.num_attention_heads} heads x "
         f"{model.attention_head_dim}, {parameters:,} parameters in {config.training.precision}"
     )
+
+
+def _precision(config: PretrainConfig) -> Iterator[str]:
+    fp8 = config.fp8
+    if fp8.recipe is not None:
+        last = config.model.num_layers - fp8.last_layers_bf16
+        yield (
+            f"FP8: {fp8.recipe}, {fp8.format}, linear layers of blocks {fp8.first_layers_bf16} to {last - 1}; "
+            f"weights kept in {'FP8' if fp8.param_gather else 'bf16'}"
+        )
+    yield f"optimizer: {describe_adam()}"
 
 
 def _batch(config: PretrainConfig, replicas: int) -> str:
