@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 
 from data_prep.stage import StageReport, print_report, run_rows, stage_parser
+from megatron_video.buckets import CropBox
 from megatron_video.cli import run_command
 from megatron_video.manifest import Row
-from megatron_video.video_io import CropBox, read_frames
+from megatron_video.video_io import read_frames
 
 STAGE = "tag"
 NUM_FRAMES = 8

@@ -9,7 +9,15 @@ from typing import NamedTuple
 from megatron_video.errors import UserError
 from megatron_video.flops import LatentShape, latent_shape
 from megatron_video.manifest import Row
-from megatron_video.video_io import CropBox
+
+
+class CropBox(NamedTuple):
+    """A rectangle of the upright picture, in pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
 
 
 class Bucket(NamedTuple):

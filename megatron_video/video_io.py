@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -25,6 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
+from megatron_video.buckets import CropBox
 from megatron_video.errors import UserError
 
 # What a folder scan takes for media; a file named in a listing may have any suffix.
@@ -45,15 +45,6 @@ _ROTATION_FILTERS: dict[int, tuple[tuple[str, str], ...]] = {
 
 class VideoError(UserError):
     """One file cannot be read or written; stages turn it into a dropped row."""
-
-
-class CropBox(NamedTuple):
-    """A rectangle of the upright picture, in pixels."""
-
-    x: int
-    y: int
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import pytest
 from data_prep import cli, demo_clips, ingest, run, segment, tag
 from data_prep import filter as filter_stage
 from data_prep.listing import detect_language
+from megatron_video.buckets import CropBox
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, kept_rows, read_manifest
-from megatron_video.video_io import CropBox, read_frames, write_mp4
+from megatron_video.video_io import read_frames, write_mp4
 
 
 def texture(seed: int, height: int = 96, width: int = 128) -> np.ndarray:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_video.video_io import CropBox, VideoError, probe, read_frames, write_mp4
+from megatron_video.buckets import CropBox
+from megatron_video.video_io import VideoError, probe, read_frames, write_mp4
 
 
 def numbered_frames(count: int, height: int = 64, width: int = 96) -> np.ndarray:
