@@ -3,8 +3,7 @@
 megatron-core 0.16.1 names CUDA in the middle of long functions (`device="cuda"`, `torch.cuda.current_device()`,
 `tensor.type() == "torch.cuda.FloatTensor"`). On a machine without CUDA, `initialize` gives the modules of
 megatron-core listed in `PATCHED_MODULES`, and only these, a view of `torch` in which those names mean the CPU. Code
-outside megatron-core still fails if it says "cuda". Nothing is patched where CUDA is present, except one fault of the
-distributed optimizer that concerns any machine without Transformer Engine and Apex.
+outside megatron-core still fails if it says "cuda". Nothing is patched where CUDA is present.
 """
 
 from __future__ import annotations
@@ -73,7 +72,6 @@ def initialize() -> DeviceInfo:
     global _installed
     if _installed is None:
         _installed = _initialize_cuda() if torch.cuda.is_available() else _initialize_cpu()
-        _mend_distributed_optimizer()
     return _installed
 
 
@@ -226,24 +224,3 @@ def _map_tensor_methods_to_cpu() -> None:
 def _called_by_megatron() -> bool:
     caller = sys._getframe(2).f_globals.get("__name__", "")
     return str(caller).startswith("megatron.core.")
-
-
-def _mend_distributed_optimizer() -> None:
-    """Let `fully_reshardable` state load without Transformer Engine and Apex.
-
-    megatron-core 0.16.1 (distrib_optimizer.py:936-940) copies every entry of torch's AdamW state, and fails on `step`,
-    which that form of checkpoint does not hold.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    cls = distrib_optimizer.DistributedOptimizer
-    plain_set = cls._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        plain_set(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
-
-    cls._set_main_param_and_optimizer_states = set_states

@@ -13,7 +13,7 @@ import os
 import queue
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,19 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_video.config_io import build_config, config_to_dict, save_config
 from megatron_video.dit import DiTConfig, VideoDiT
 from megatron_video.errors import UserError
-from training.optimizer_state import count_updates, load_optimizer_state, sharded_optimizer_state
+from megatron_video.fp8 import set_parameter
+from training.ema import EMA
+from training.fsdp import FullyShardedDiT
+from training.optimizer_state import EMA_PREFIX, count_updates, load_optimizer_state, sharded_optimizer_state
 
 # Written once here; find_fault and the readers below go by the same names.
 STATE_FILE, CONFIG_FILE, LATEST_FILE = "train_state.json", "config.yaml", "latest"
@@ -47,6 +53,8 @@ class TrainState:
     """Steps whose update was refused for a non-finite loss or gradient."""
     refused_in_a_row: int = 0
     """Of which the last ones without a good step between them."""
+    averages_weights: bool = False
+    """Whether the checkpoint holds an exponential moving average of the weights."""
     consumed_samples: dict[str, int] = field(default_factory=dict)
     """Samples drawn from every bucket so far."""
     data_plan: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +73,7 @@ def save_checkpoint(
     state: TrainState,
     config: Any,
     keep: int = 0,
+    ema: EMA | None = None,
 ) -> Path:
     """Write a checkpoint from all ranks, publish it, and delete all but the newest `keep` (0: none is deleted).
 
@@ -82,7 +91,8 @@ def save_checkpoint(
     torch.distributed.barrier()
     _publish_pending_parameters(model)
     _collect_write_results_in_process()
-    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(writing))
+    state.averages_weights = ema is not None
+    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False, ema=ema), str(writing))
     if leads:
         # After all ranks have written: its presence in `files` and the rename make the folder a checkpoint.
         save_config(config, writing / CONFIG_FILE)
@@ -103,26 +113,45 @@ def write_weights(folder: Path, tensors: dict[str, ShardedTensor], model: DiTCon
     _write_state(folder, TrainState())
 
 
-def load_checkpoint(checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> TrainState:
-    """Load weights and optimizer of a checkpoint written in any layout, and return where it stood."""
+def load_checkpoint(
+    checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, ema: EMA | None = None
+) -> TrainState:
+    """Load weights, optimizer and averages of a checkpoint written in any layout, and return where it stood.
+
+    Averages that the checkpoint does not hold start from its weights.
+    """
+    state = read_state(checkpoint)
+    stored_ema = ema if state.averages_weights else None
     # Describes what this rank needs; megatron-core reads just that, from whatever layout wrote it.
-    sharded = _sharded_state(model, optimizer, is_loading=True)
+    sharded = _sharded_state(model, optimizer, is_loading=True, ema=stored_ema)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
-    _load_chunks([chunk.module for chunk in model], loaded)
-    load_optimizer_state(optimizer, loaded["optimizer"], loaded["optimizer updates"])
-    return read_state(checkpoint)
+    _load_chunks([_savable(chunk) for chunk in model], loaded)
+    load_optimizer_state(optimizer, loaded["optimizer"], loaded["optimizer updates"], stored_ema)
+    if ema is not None and stored_ema is None:
+        ema.restart()
+    return state
 
 
-def load_model_weights(checkpoint: Path, model_chunks: list[Any]) -> None:
+def load_model_weights(checkpoint: Path, model_chunks: list[Any], averaged: bool = False) -> None:
     """Load only the weights, into a model of any layout (bare chunks or wrapped for data parallelism).
 
+    Args:
+        checkpoint: folder of one checkpoint.
+        model_chunks: this rank's modules.
+        averaged: load the exponential moving average instead of the trained weights.
+
     Raises:
-        UserError: the checkpoint's model has other sizes.
+        UserError: the checkpoint's model has other sizes, or it holds no averages.
     """
     # Wrapped or bare: only VideoDiT itself knows its tensors.
-    chunks = [getattr(chunk, "module", chunk) for chunk in model_chunks]
-    check_same_model(checkpoint, chunks[0].dit_config)
-    _load_chunks(chunks, dist_checkpointing.load(_sharded_chunks(chunks), str(checkpoint)))
+    chunks = [_savable(chunk) for chunk in model_chunks]
+    check_same_model(checkpoint, get_attr_wrapped_model(chunks[0], "dit_config"))
+    if averaged and not read_state(checkpoint).averages_weights:
+        raise UserError(f"{checkpoint} holds no averaged weights; train with ema.decay, or load the trained ones")
+    sharded = _sharded_chunks(chunks)
+    if averaged:
+        sharded = {name: _under_ema_names(values) for name, values in sharded.items()}
+    _load_chunks(chunks, dist_checkpointing.load(sharded, str(checkpoint)))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -241,7 +270,12 @@ def _chunk_names(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
 
 
-def _sharded_chunks(chunks: list[VideoDiT]) -> dict[str, Any]:
+def _savable(chunk: Any) -> VideoDiT | FullyShardedDiT:
+    """Whoever knows a chunk's tensors: the model itself, bare or wrapped, or what cut them."""
+    return chunk if isinstance(chunk, FullyShardedDiT) else getattr(chunk, "module", chunk)
+
+
+def _sharded_chunks(chunks: list[VideoDiT | FullyShardedDiT]) -> dict[str, Any]:
     """The chunks' tensors and objects by the chunk's name; an object that two chunks of a rank share is listed once.
 
     megatron-core reads one such object for a rank, however many places ask for it.
@@ -249,35 +283,52 @@ def _sharded_chunks(chunks: list[VideoDiT]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     seen: set[str] = set()
     for chunk, name in zip(chunks, _chunk_names(chunks), strict=True):
-        values = chunk.sharded_state_dict()
+        values = chunk.sharded_rows() if isinstance(chunk, FullyShardedDiT) else chunk.sharded_state_dict()
         objects = {key: value.unique_key for key, value in values.items() if isinstance(value, ShardedObject)}
         state[name] = {key: value for key, value in values.items() if objects.get(key) not in seen}
         seen.update(objects.values())
     return state
 
 
-def _load_chunks(chunks: list[VideoDiT], loaded: dict[str, Any]) -> None:
+def _under_ema_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Ask for the averages of the tensors, which are fp32, instead of the tensors."""
+    return {
+        name: replace(value, key=f"{EMA_PREFIX}.{value.key}", data=value.data.detach().float(), dtype=torch.float32)
+        for name, value in values.items()
+        if isinstance(value, ShardedTensor)
+    }
+
+
+def _load_chunks(chunks: list[VideoDiT | FullyShardedDiT], loaded: dict[str, Any]) -> None:
     for chunk, name in zip(chunks, _chunk_names(chunks), strict=True):
+        if isinstance(chunk, FullyShardedDiT):
+            chunk.load_rows(loaded[name])
+            continue
         missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
         lost = [key for key in missing if not key.endswith("_extra_state")]
         if lost or unexpected:
             raise RuntimeError(f"{name}: not in the checkpoint: {lost}; only in the checkpoint: {unexpected}")
+        for key, parameter in chunk.named_parameters():
+            if is_float8tensor(parameter):
+                set_parameter(parameter, loaded[name][key])
 
 
 def _sharded_state(
-    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, is_loading: bool
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, is_loading: bool, ema: EMA | None
 ) -> dict[str, Any]:
-    state = _sharded_chunks([chunk.module for chunk in model])
-    state["optimizer"] = sharded_optimizer_state(optimizer, dict(state), is_loading)
+    state = _sharded_chunks([_savable(chunk) for chunk in model])
+    state["optimizer"] = sharded_optimizer_state(optimizer, dict(state), is_loading, ema)
     if not is_loading:
         state["optimizer updates"] = count_updates(optimizer)
+        # Readers without Transformer Engine must be able to load what is kept in FP8.
+        force_all_tensors_to_non_fp8(state)
     return state
 
 
 def _publish_pending_parameters(model: list[DistributedDataParallel]) -> None:
     """With overlapped gathers the last update of other ranks' shards arrives only in the next forward pass."""
     for chunk in model:
-        if chunk.ddp_config.overlap_param_gather:
+        if chunk.ddp_config.overlap_param_gather and not isinstance(chunk, FullyShardedDiT):
             chunk.start_param_sync(force_sync=True)
 
 

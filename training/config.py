@@ -13,6 +13,7 @@ from megatron_video.config_io import config_dataclass
 from megatron_video.dit.config import DiTConfig
 from megatron_video.errors import UserError
 from megatron_video.flow_matching import TimeDensity
+from megatron_video.fp8 import Fp8Config
 from megatron_video.layout import Hardware, Layout
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
@@ -142,6 +143,24 @@ class AdamWConfig:
 
 
 @config_dataclass
+class EMAConfig:
+    """The averaged weights that a checkpoint holds beside the trained ones."""
+
+    decay: float | None = None
+    """Share of the average that survives a step, e.g. 0.9999 (an average over about 1 / (1 - decay) steps); null keeps
+    no average. It costs 4 bytes a parameter, divided over the replicas with use_distributed_optimizer."""
+
+    def __post_init__(self) -> None:
+        """Refuse a decay that averages nothing or never moves.
+
+        Raises:
+            ValueError: naming the value and what is allowed.
+        """
+        if self.decay is not None and not 0 < self.decay < 1:
+            raise ValueError(f"decay={self.decay} must lie between 0 and 1, or be null")
+
+
+@config_dataclass
 class TrainingConfig:
     """Length, precision and bookkeeping of the run."""
 
@@ -187,10 +206,14 @@ class PretrainConfig:
     """The diffusion transformer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over ranks."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """Linear layers in FP8."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data set and batches."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     """AdamW and the learning rate."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """Averaged weights."""
     flow: TimeDensity = field(default_factory=TimeDensity)
     """Density of the training timesteps."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -213,16 +236,20 @@ class PretrainConfig:
                 f"{self.training.steps}"
             )
 
-    def layout(self, world_size: int | None = None, hardware: Hardware | None = None) -> Layout:
-        """All that is known of the layout, for megatron_video.layout_rules."""
+    def layout(
+        self, world_size: int | None = None, hardware: Hardware | None = None, buckets: list[str] | None = None
+    ) -> Layout:
+        """All that is known of the layout, for megatron_video.layout_rules; `buckets`: those that the shards hold."""
         return Layout(
             self.parallel,
             self.model,
             self.training.precision,
+            self.fp8,
             world_size=world_size,
             micro_batches=self.data.micro_batches_per_step,
             micro_batch_size=self.data.micro_batch_size,
             samples_per_draw=self.data.samples_per_draw,
+            buckets=buckets or self.data.buckets,
             hardware=hardware,
         )
 

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_video.device import DeviceInfo
 from megatron_video.dit import build_dit
+from megatron_video.errors import UserError
 from megatron_video.noise import NoiseSource
 from megatron_video.parallel import data_parallel_rank, data_parallel_size
 from training import checkpoint
@@ -19,6 +20,7 @@ from training.config import PretrainConfig
 from training.data import BatchBuilder, StepBatches, iterate_steps
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
+from training.ema import EMA
 from training.optimizer import build_optimizer, learning_rate, set_learning_rate, wrap_data_parallel
 from training.startup import describe_changes, describe_run
 from training.stop_signal import REQUEUE_EXIT_CODE, StopSignal
@@ -41,6 +43,7 @@ class Trainer:
     state: TrainState
     telemetry: Telemetry
     batches: StepBatches
+    ema: EMA | None
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -54,11 +57,12 @@ class Trainer:
             self.state,
             self.config,
             self.config.training.keep_checkpoints,
+            self.ema,
         )
         self.telemetry.say(f"saved {folder} in {watch.lap():.1f} s")
 
     def count(self, result: StepResult) -> None:
-        """Note that a step is done.
+        """Note that a step is done, and let the averages follow the weights.
 
         Raises:
             RuntimeError: too many steps in a row were refused.
@@ -66,6 +70,8 @@ class Trainer:
         self.state.step += 1
         self.state.refused_steps += result.refused
         self.state.refused_in_a_row = self.state.refused_in_a_row + 1 if result.refused else 0
+        if self.ema is not None and not result.refused:
+            self.ema.update()
         limit = self.config.training.max_refused_steps
         if result.refused:
             self.telemetry.say(
@@ -155,6 +161,7 @@ def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
 
 def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
     """Build data order, model and optimizer, and bring them to where the run stands."""
+    check_position_count(config, data)
     plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
     # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
     identity = {"data set": data.fingerprint(), **plan.identity()}
@@ -169,20 +176,40 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
         DTYPES[config.training.precision],
         device=device.device,
         init_seed=config.run.seed,
+        fp8=config.fp8,
     )
     # Before the optimizer is built, whose fp32 copies are taken from the weights.
     if found is None and config.run.initial_weights is not None:
         checkpoint.load_model_weights(checkpoint.find_checkpoint(config.run.initial_weights), chunks)
     model = wrap_data_parallel(chunks, config.parallel)
     optimizer = build_optimizer(model, config.optimizer, config.parallel)
-    state = checkpoint.load_checkpoint(found, model, optimizer) if found else TrainState(data_plan=identity)
+    ema = None if config.ema.decay is None else EMA(optimizer, config.ema.decay)
+    state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):
         telemetry.say(line)
     for line in describe_changes(config, found, state):
         telemetry.say(line)
-    return Trainer(config, data, plan, model, optimizer, state, telemetry, replica_batches(config, data, plan))
+    batches = replica_batches(config, data, plan)
+    return Trainer(config, data, plan, model, optimizer, state, telemetry, batches, ema)
+
+
+def check_position_count(config: PretrainConfig, data: TrainingData) -> None:
+    """megatron-core adds up the latent positions of a step in int32, and context-parallel ranks each count them.
+
+    Raises:
+        UserError: a step could have more of them than an int32 holds.
+    """
+    sizes, single = config.data.bucket_micro_batch_sizes, config.data.micro_batch_size
+    largest = max(shape.tokens * sizes.get(name, single) for name, shape in data.shapes.items())
+    count = largest * config.data.micro_batches_per_step * config.parallel.context_parallel_size
+    if count >= 2**31:
+        raise UserError(
+            f"a step of data.global_batch_size={config.data.global_batch_size} could have {count:,} latent positions "
+            f"(times context_parallel_size={config.parallel.context_parallel_size}), more than the 2,147,483,647 that "
+            "megatron-core can count; lower data.global_batch_size"
+        )
 
 
 def replica_batches(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> StepBatches:

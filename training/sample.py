@@ -224,7 +224,7 @@ def load_model(job: Job) -> VideoDiT:
     dtype = _DTYPES[job.precision]
     # One chunk: sampling uses no pipeline stages.
     (model,) = build_dit(job.model, job.parallel, dtype, device=job.device.device, init_seed=None)
-    load_model_weights(job.checkpoint, [model])
+    load_model_weights(job.checkpoint, [model], averaged=job.arguments.ema)
     model.eval().requires_grad_(False)
     return model
 
@@ -249,6 +249,7 @@ def load_decoder(job: Job) -> VideoVAE:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron-video sample", description=__doc__)
     add = parser.add_argument
+    add("--ema", action="store_true", help="use the averaged weights (of a run with ema.decay)")
     add("--checkpoint", type=Path, required=True, help="run folder (its newest checkpoint) or checkpoint folder")
     add("--vae", type=Path, required=True, help="Video-VAE folder, or released .safetensors file")
     add("--text", type=Path, required=True, help="folder with the text encoders: clip/ and step_llm/ in it")
