@@ -14,6 +14,7 @@ from megatron_video import device
 from megatron_video.dit import DiTConfig, VideoDiT, build_dit
 from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel
 
+_CPU = torch.device("cpu")
 ABSOLUTE_FP32 = 5e-5
 RELATIVE_GRADIENT = 1e-5
 # fields of the reference's configuration -> ours; the rest has no effect on the numbers
@@ -47,7 +48,9 @@ def read_inputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"text_lengths": tensors["in.encoder_attention_mask"].sum(dim=1).long()}
 
 
-def load_reference_model(config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype) -> VideoDiT:
+def load_reference_model(
+    config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, where: torch.device = _CPU
+) -> VideoDiT:
     """Our model on one process with weights under the released names; every tensor must be used and be there."""
     fields = {FIELDS.get(key, key): value for key, value in config.items()}
     fields.pop(None, None)
@@ -55,7 +58,7 @@ def load_reference_model(config: dict[str, Any], weights: dict[str, Tensor], dty
     destroy_parallel(keep_distributed=True)
     parallel = ParallelConfig()
     initialize_parallel(parallel, seed=1, device_info=device.initialize())
-    (model,) = build_dit(dit, parallel, dtype, device=torch.device("cpu"), init_seed=None)
+    (model,) = build_dit(dit, parallel, dtype, device=where, init_seed=None)
     names = released_names(dit)
     assert set(names.values()) == set(weights), set(names.values()) ^ set(weights)
     parameters = dict(model.named_parameters())
