@@ -1,82 +1,83 @@
-"""A checkpoint of any layout, with its optimizer, goes on in any other as if it had never stopped."""
+"""A checkpoint of any layout, with its optimizer and EMA, goes on in any other as if it had never stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_worker import Numbers, load_and_train, load_weights, train_and_save
-from distributed_ranks import RankPool
+
+from training.checkpoint import load_model_weights, step_folder
+from training.layout_matrix.checkpoints import (
+    OTHER_SEED,
+    checkpoint_cases,
+    cross_load,
+    cross_load_summary,
+    cross_load_table,
+    load_and_train,
+    train_and_save,
+)
+from training.layout_matrix.compare import QUANTITIES, assemble, compare, relative_error
+from training.layout_matrix.runner import ONE_PROCESS
+from training.layout_matrix.table import LAYOUTS, STEPS, TOLERANCES, LayoutCase, Workload
+from training.layout_matrix.worker import Report, build
+from training.local_ranks import RankPool
 
 pytestmark = pytest.mark.distributed
-TOLERANCE = 1e-5
-STEPS, MORE = 3, 2
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {},
-    "dp2_zero1": {"use_distributed_optimizer": True},
-    "dp2_zero1_overlap": {
-        "use_distributed_optimizer": True,
-        "overlap_grad_reduce": True,
-        "overlap_param_gather": True,
-    },
-    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-}
-# Who wrote it: every kind of optimizer state and cut of the tensors at least once.
-WRITERS = ["dp2", "dp2_zero1_overlap", "tp2_sp", "pp2_vpp2"]
+BY_NAME = {case.name: case for case in (ONE_PROCESS, *LAYOUTS)}
+FP32 = TOLERANCES["float32"]
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.heavy)], ids=["short", "whole"])
+def test_every_layout_goes_on_from_every_other(short: bool, ranks: RankPool, tmp_path: Path) -> None:
+    writers, readers = checkpoint_cases(short)
+    cells = cross_load(ranks, tmp_path, writers, readers)
+    print(f"\n{cross_load_table(cells)}")
+    assert len(cells) == len(writers) * len(readers)
+    assert not any(cell.wrong for cell in cells), cross_load_summary(cells)
 
 
-@pytest.fixture(scope="module")
-def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, Numbers]]:
-    """(writer, dtype) -> folder, and what the writer itself did after the save."""
-    found = {}
-    for dtype, writers in (("float32", WRITERS), ("bfloat16", ["dp2", "dp2_zero1"])):
-        for name in writers:
-            folder = tmp_path_factory.mktemp(f"{name}_{dtype}")
-            arguments = (LAYOUTS[name], dtype, str(folder), STEPS, MORE)
-            found[name, dtype] = folder, ranks.run(train_and_save, *arguments)[0]
-    return found
+@pytest.mark.parametrize("name", ["one_process", "dp2_zero1", "tp2_sp"])
+def test_the_same_layout_goes_on_bit_for_bit(name: str, ranks: RankPool, tmp_path: Path) -> None:
+    case, workload = BY_NAME[name], Workload()
+    unstopped = ranks.run(train_and_save, case, workload, str(tmp_path), ranks=case.ranks)
+    resumed = ranks.run(load_and_train, case, workload, str(tmp_path), ranks=case.ranks)
+    assert (resumed[0].losses, resumed[0].grad_norms) == (unstopped[0].losses, unstopped[0].grad_norms)
+    for quantity in QUANTITIES:
+        found, expected = assemble(resumed, quantity)[0], assemble(unstopped, quantity)[0]
+        for tensor, value in expected.items():
+            np.testing.assert_array_equal(found[tensor], value, err_msg=f"{quantity} of {tensor}")
 
 
-@pytest.mark.parametrize("reader", LAYOUTS)
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_checkpoint_goes_on_in_another_layout(
-    writer: str, reader: str, ranks: RankPool, saved: dict[tuple[str, str], tuple[Path, Numbers]]
+@pytest.mark.parametrize(("writer", "reader"), [("dp2", "dp2_zero1"), ("dp2_zero1", "dp2")])
+def test_fp32_copies_and_averages_of_bf16_weights_are_kept(
+    writer: str, reader: str, ranks: RankPool, tmp_path: Path
 ) -> None:
-    folder, expected = saved[writer, "float32"]
-    for numbers in ranks.run(load_and_train, LAYOUTS[reader], "float32", str(folder), STEPS, MORE):
-        if reader == writer:
-            assert numbers == expected
-        np.testing.assert_allclose(numbers, expected, rtol=TOLERANCE)
-
-
-@pytest.mark.parametrize("reader", ["dp2", "dp2_zero1"])
-@pytest.mark.parametrize("writer", ["dp2", "dp2_zero1"])
-def test_fp32_weights_behind_bf16_ones_are_kept(
-    writer: str, reader: str, ranks: RankPool, saved: dict[tuple[str, str], tuple[Path, Numbers]]
-) -> None:
-    folder, expected = saved[writer, "bfloat16"]
+    workload = Workload(dtype="bfloat16")
+    unstopped = ranks.run(train_and_save, BY_NAME[writer], workload, str(tmp_path), ranks=2)
+    resumed = ranks.run(load_and_train, BY_NAME[reader], workload, str(tmp_path), ranks=2)
     # Both compute the same bf16 forward pass, so a lost fp32 digit would show as a bf16 step, 1e-3.
-    numbers = ranks.run(load_and_train, LAYOUTS[reader], "bfloat16", str(folder), STEPS, MORE)[0]
-    np.testing.assert_allclose(numbers, expected, rtol=TOLERANCE)
+    for quantity in ("main_parameters", "ema"):
+        found, expected = assemble(resumed, quantity)[0], assemble(unstopped, quantity)[0]
+        for name, value in expected.items():
+            assert relative_error(found[name], value) < 1e-5, (quantity, name)
 
 
-def test_weights_alone_load_into_any_layout(
-    ranks: RankPool, saved: dict[tuple[str, str], tuple[Path, Numbers]]
-) -> None:
-    folder, expected = saved["tp2_sp", "float32"]
-    for layout in LAYOUTS.values():
-        numbers = ranks.run(load_weights, layout, "float32", str(folder), STEPS)[0]
-        np.testing.assert_allclose(numbers[0], expected[0], rtol=TOLERANCE)
+@pytest.mark.parametrize("averaged", [False, True], ids=["trained", "averaged"])
+def test_weights_alone_load_into_any_layout(averaged: bool, ranks: RankPool, tmp_path: Path) -> None:
+    workload = Workload()
+    ranks.run(train_and_save, BY_NAME["tp2_sp_dp2_zero1"], workload, str(tmp_path), ranks=4)
+    expected = ranks.run(load_weights, ONE_PROCESS, workload, str(tmp_path), averaged, ranks=1)[0]
+    for name in ("tp2_sp", "pp2_vpp2", "cp2_a2a", "dp2_zero1"):
+        reports = ranks.run(load_weights, BY_NAME[name], workload, str(tmp_path), averaged, ranks=2)
+        np.testing.assert_allclose(reports[0].losses, expected.losses, rtol=1e-5)
+        errors = compare(reports, expected)
+        assert errors.parameters.error < FP32.parameters, (name, errors.parameters)
+
+
+def load_weights(case: LayoutCase, workload: Workload, folder: str, averaged: bool) -> Report:
+    """On a rank: only the weights of a checkpoint, then one step with a fresh optimizer."""
+    session = build(case, workload, init_seed=OTHER_SEED)
+    load_model_weights(step_folder(Path(folder), STEPS), session.model, averaged)
+    session.optimizer.reload_model_params()
+    return session.train(1)

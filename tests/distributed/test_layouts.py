@@ -1,87 +1,107 @@
-"""Layout invariance: three training steps give the numbers of one process, whatever the layout (1e-5 in fp32)."""
+"""The layout matrix (training/layout_matrix): every layout trains to the numbers of one process, and a fault shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import pytest
-from distributed_ranks import RankPool
-from layout_worker import Report, train
+from layout_faults import FAULTS, train_with_fault
 
-TOLERANCE = 1e-5
+from training.layout_matrix.compare import assemble, compare, relative_error
+from training.layout_matrix.report import summary
+from training.layout_matrix.runner import ONE_PROCESS, References, run_case
+from training.layout_matrix.table import LAYOUTS, TOLERANCES, Dtype, LayoutCase, Workload
+from training.layout_matrix.worker import SETTINGS, train
+from training.local_ranks import RankPool
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "tp2_sp_recompute": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "recompute_num_layers": -1},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-    "dp2": {},
-    "dp2_overlap": {"overlap_grad_reduce": True},
-    "dp2_zero1": {"use_distributed_optimizer": True},
-    "dp2_zero1_overlap": {
-        "use_distributed_optimizer": True,
-        "overlap_grad_reduce": True,
-        "overlap_param_gather": True,
-    },
+pytestmark = pytest.mark.distributed
+BY_NAME = {case.name: case for case in LAYOUTS}
+# Seen where: the quantities that show it, of which none is the loss or the gradient norm in the first case.
+FAULT_ROWS = {
+    "norm not marked as sequence-parallel": ("tp2_sp", "gradients"),
+    "key gradients not summed over context-parallel ranks": ("cp2_all_gather", "gradients"),
+    "embedders cut differently on every stage": ("pp4_dp2_zero1", "unequal copies"),
+    "replicas train on the same data": ("dp2", "loss"),
+    "EMA not updated": ("dp2_zero1", "ema"),
 }
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+def _rows(dtype: Dtype) -> list[object]:
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{dtype}-{case.name}",
+            marks=[] if (case.short if dtype == "float32" else case.short_bf16) else pytest.mark.heavy,
+        )
+        for case in LAYOUTS
+    ]
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[Report]:
-    pool = RankPool(1)
-    yield pool.run(train, {})[0]
-    pool.close()
+@pytest.mark.parametrize(("case", "dtype"), [*_rows("float32"), *_rows("bfloat16")])
+def test_layout_gives_the_numbers_of_one_process(
+    case: LayoutCase, dtype: Dtype, ranks: RankPool, references: References
+) -> None:
+    outcome = run_case(ranks, references, case, dtype)
+    assert not outcome.wrong, summary([outcome])
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_gives_the_numbers_of_one_process(name: str, two_ranks: RankPool, one_process: Report) -> None:
-    reports = two_ranks.run(train, LAYOUTS[name])
+@pytest.mark.parametrize("name", ["pp2", "pp2_vpp2"])
+def test_embedder_gradients_of_all_stages_add_up_to_those_of_one(
+    name: str, ranks: RankPool, references: References
+) -> None:
+    """Every stage has the embedders of time and text, and each sees only its own layers' part of the gradient."""
+    workload = Workload()
+    reports = ranks.run(train, BY_NAME[name], workload, ranks=2)
+    expected, _ = assemble([references.report(workload)], "gradients")
+    embedders = [tensor for tensor in expected if tensor.startswith(("time_conditioning.", "text_projection."))]
+    assert len(embedders) == 24
     for report in reports:
-        np.testing.assert_allclose(report.losses, one_process.losses, rtol=TOLERANCE)
-        np.testing.assert_allclose(report.grad_norms, one_process.grad_norms, rtol=TOLERANCE)
-    names = {part for report in reports for part in report.parts}
-    assert names == set(one_process.parts)
-    for parameter in sorted(names):
-        expected = one_process.parts[parameter]
-        assert relative_error(_whole(reports, parameter, "value"), expected.value) < TOLERANCE, parameter
-        gradient = _whole(reports, parameter, "gradient")
-        if gradient is not None:
-            assert relative_error(gradient, expected.gradient) < TOLERANCE, f"gradient of {parameter}"
+        held, _ = assemble([report], "gradients")
+        assert set(embedders) <= set(held)
+        for tensor in embedders:
+            assert relative_error(held[tensor], expected[tensor]) < 1e-5, tensor
+            # The sum is over all stages: a single stage's part is another tensor.
+            assert held[tensor].any()
 
 
-def test_training_moved_the_parameters(one_process: Report) -> None:
-    """The comparison above would also pass if nothing were trained."""
-    assert one_process.losses[0] != one_process.losses[2]
-    assert all(part.gradient is not None and part.gradient.any() for part in one_process.parts.values())
+def test_the_work_moves_all_that_is_compared(references: References) -> None:
+    """Comparisons would also hold if nothing were trained, clipped or averaged."""
+    report = references.report(Workload())
+    assert len(set(report.losses)) == len(report.losses)
+    assert min(report.grad_norms) > SETTINGS.clip_grad_norm
+    gradients, parameters, averages = (assemble([report], name)[0] for name in ("gradients", "parameters", "ema"))
+    assert gradients.keys() == parameters.keys() == averages.keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert relative_error(averages[name], parameters[name]) > 10 * TOLERANCES["float32"].ema, name
 
 
-def relative_error(actual: np.ndarray | None, expected: np.ndarray | None) -> float:
-    assert actual is not None
-    assert expected is not None
-    assert actual.shape == expected.shape
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+def test_dropout_and_visible_text_change_the_numbers(references: References) -> None:
+    """Rows with dropout and with text masks would agree with each other if neither had an effect."""
+    plain = references.report(Workload())
+    for other in (Workload(hidden_dropout=0.2), Workload(all_text_visible=True)):
+        assert not np.allclose(references.report(other).losses, plain.losses, rtol=1e-4)
 
 
-def _whole(reports: list[Report], name: str, field: str) -> np.ndarray | None:
-    """The parameter (or gradient) put together from its tensor-parallel cuts; copies must be equal."""
-    holders = {report.tensor_rank: report for report in reports if name in report.parts}
-    pieces = [getattr(holders[rank].parts[name], field) for rank in sorted(holders)]
-    if pieces[0] is None:
-        return None
-    dimension = holders[0].parts[name].partition_dim
-    if dimension >= 0:
-        return np.concatenate(pieces, axis=dimension)
-    for piece in pieces[1:]:
-        np.testing.assert_array_equal(piece, pieces[0], err_msg=name)
-    return pieces[0]
+def test_bf16_on_one_process_is_farther_from_fp32_than_layouts_may_be(references: References) -> None:
+    """The bf16 limits are below the error of bf16 itself."""
+    errors = compare([references.report(Workload(dtype="bfloat16"))], references.report(Workload()))
+    assert "unequal copies" not in errors.above(TOLERANCES["bfloat16"])
+    for quantity in ("loss", "grad_norm", "gradients", "parameters", "main_parameters", "ema"):
+        assert errors.value(quantity) > getattr(TOLERANCES["bfloat16"], quantity), quantity
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows(fault: str, ranks: RankPool, references: References) -> None:
+    name, quantity = FAULT_ROWS[fault]
+    case, workload = BY_NAME[name], Workload()
+    reports = ranks.run(train_with_fault, case, workload, fault, ranks=case.ranks)
+    assert quantity in compare(reports, references.report(workload)).above(TOLERANCES["float32"])
+
+
+def test_one_process_repeats_itself_bit_for_bit(ranks: RankPool, references: References) -> None:
+    again = ranks.run(train, ONE_PROCESS, Workload(), ranks=1)[0]
+    first = references.report(Workload())
+    assert (again.losses, again.grad_norms) == (first.losses, first.grad_norms)
+    errors = compare([again], first)
+    assert errors.gradients.error == errors.parameters.error == errors.ema.error == 0
