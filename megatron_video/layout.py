@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import math
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,6 +81,8 @@ class Layout:
     """Samples of one micro-batch."""
     samples_per_draw: int = 1
     """The global batch grows in steps of so many samples."""
+    buckets: list[str] | None = None
+    """Sizes of the samples, such as 17x48x64."""
     hardware: Hardware | None = None
     """The machine it is to run on."""
 
@@ -126,6 +129,27 @@ class Layout:
             sizes = self.parallel.hierarchical_context_parallel_sizes
             return sizes[0] if sizes and ranks > 1 else 1
         return ranks if kind == "a2a" else 1
+
+    @property
+    def token_unit(self) -> int:
+        """Video tokens are padded to a multiple of it: equally many for every rank, and as its kernels need."""
+        parallel = self.parallel
+        ranks = parallel.context_parallel_size * (
+            parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        )
+        fp8 = self.fp8.needs.multiple if self.fp8 is not None and self.fp8.needs is not None else 1
+        return ranks * math.lcm(fp8, 2 if "p2p" in parallel.cp_comm_type else 1)
+
+    @property
+    def padded_buckets(self) -> str:
+        """Buckets whose samples need padding to that, with their video tokens; needs `buckets` and `model`."""
+        from megatron_video.buckets import parse_bucket
+
+        assert self.buckets is not None
+        assert self.model is not None
+        patch = self.model.patch_size**2
+        tokens = {name: parse_bucket(name).latent_shape.tokens // patch for name in self.buckets}
+        return ", ".join(f"{name} has {count}" for name, count in tokens.items() if count % self.token_unit)
 
     def __getitem__(self, name: str) -> Any:
         """The value called `group.field` in the configuration, or `world_size`; None if it is not known."""

@@ -28,7 +28,9 @@ IMPL = "parallel.transformer_impl"
 HEADS = "model.num_attention_heads"
 HEAD_DIM = "model.attention_head_dim"
 LAYERS = "model.num_layers"
+PATCH = "model.patch_size"
 PRECISION = "training.precision"
+BUCKETS = "data.buckets"
 BATCH = "data.global_batch_size"
 WORLD = "world_size"
 CUDA = "hardware.cuda"
@@ -169,6 +171,14 @@ RULES: tuple[Rule, ...] = (
         reason="the all-to-all gives each of its {layout.all_to_all_size} ranks equally many of the "
         "{layout.heads_per_rank} heads of a tensor-parallel rank",
         example={CP: 3, HEADS: 2},
+    ),
+    Rule(
+        name="ring over padded tokens",
+        fields=(BUCKETS, PATCH, CP_TYPE, CP, SP, TP),
+        refuses=lambda layout: layout[CP] > 1 and "p2p" in layout[CP_TYPE] and bool(layout.padded_buckets),
+        reason="the ring cannot leave padding out of attention, and needs samples of a multiple of {layout.token_unit} "
+        "video tokens; {layout.padded_buckets}",
+        example={BUCKETS: ["17x48x48"], PATCH: 1, CP: 2, CP_TYPE: "p2p", IMPL: "transformer_engine"},
     ),
     # Recomputation of activations.
     Rule(

@@ -253,14 +253,14 @@ class PretrainConfig:
             hardware=hardware,
         )
 
-    def data_parallel_size(self, world_size: int, hardware: Hardware | None = None) -> int:
+    def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model on `world_size` ranks.
 
         Raises:
-            UserError: the layout cannot work on so many ranks, or on this hardware.
+            UserError: the layout cannot work on so many ranks.
         """
-        # Here and not in __post_init__: where a job runs is known when it starts.
-        layout = self.layout(world_size, hardware)
+        # Here and not in __post_init__: the number of ranks is known when a job starts.
+        layout = self.layout(world_size)
         check_layout(layout)
         return layout.data_parallel_size
 

@@ -17,6 +17,7 @@ import yaml
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.layout import Hardware
+from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import launched_ranks
 from training.config import PRESET_DIR, PretrainConfig
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
     # Before any process group starts, and before anything slow.
-    config.data_parallel_size(launched_ranks(), Hardware.detect())
+    ranks, hardware = launched_ranks(), Hardware.detect()
+    check_layout(config.layout(ranks, hardware))
     # megatron-core asks for it: with one queue, communication starts in the order in which it was issued. Megatron-FSDP
     # asks for more, so that its gathers run beside the computation.
     if not config.parallel.use_megatron_fsdp:
@@ -45,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     # Also before: a wrong folder is then one line, not a stack trace of every rank.
     data = TrainingData(config.data.shards, config.data.buckets)
     data.check_model(config.model)
+    check_layout(config.layout(ranks, hardware, list(data.buckets)))
     initialize_parallel(config.parallel, config.run.seed, device)
     try:
         return train(config, data, device)

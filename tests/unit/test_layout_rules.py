@@ -170,6 +170,15 @@ def test_suggested_batch_keeps_whole_draws() -> None:
         config.data_parallel_size(3)
 
 
+def test_ring_takes_buckets_that_need_no_padding() -> None:
+    ring = {"parallel.transformer_impl": "transformer_engine", "parallel.cp_comm_type": "p2p"}
+    layout = Layout(model=DiTConfig(), buckets=["204x544x992"]).changed({**ring, "parallel.context_parallel_size": 2})
+    check_layout(layout)  # 36 latent frames of 34 x 62: 75,888 tokens
+    eight = {"parallel.tensor_model_parallel_size": 8, "parallel.sequence_parallel": True}
+    assert "a multiple of 32 video tokens; 204x544x992 has 75888" in refusal(layout.changed(eight))
+    check_layout(layout.changed({**eight, "parallel.cp_comm_type": "a2a"}))
+
+
 SIZES = st.integers(0, 9)
 
 
