@@ -43,6 +43,8 @@ CHECKPOINT_LAYOUTS = (
     "tp2_sp_dp2_zero1",
     "pp2_dp2_zero1_overlap",
     "dp8_zero1",
+    "dp2_fsdp",
+    "tp2_sp_dp2_fsdp",
     "tp2_sp_pp2_cp2",
     "tp2_sp_pp2_vpp2_dp2_zero1",
 )

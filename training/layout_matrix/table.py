@@ -116,6 +116,9 @@ GATHER = "all_gather"
 ZERO1: dict[str, Any] = {"use_distributed_optimizer": True}
 OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True}
 ZERO1_OVERLAP = ZERO1 | OVERLAP | {"overlap_param_gather": True}
+FSDP: dict[str, Any] = {"use_megatron_fsdp": True}
+FSDP1 = FSDP | {"data_parallel_sharding_strategy": "optim"}
+FSDP2 = FSDP | {"data_parallel_sharding_strategy": "optim_grads"}
 FULL: dict[str, Any] = {"recompute_granularity": "full"}
 BLOCK_OF_1 = FULL | {"recompute_num_layers": 1}
 SELECTIVE: dict[str, Any] = {
@@ -148,6 +151,10 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("dp2_zero1_overlap", ZERO1_OVERLAP, 2, short=True),
     LayoutCase("dp4_zero1_overlap", ZERO1_OVERLAP, 4),
     LayoutCase("dp8_zero1", ZERO1, 8),
+    LayoutCase("dp2_fsdp", FSDP, 2, short=True, short_bf16=True),
+    LayoutCase("dp2_fsdp_optim", FSDP1, 2, short=True),
+    LayoutCase("dp2_fsdp_optim_grads", FSDP2, 2, short=True),
+    LayoutCase("dp4_fsdp", FSDP, 4),
     # On one rank: what must not change the numbers either.
     LayoutCase("accumulation", {}, single_samples=True, short=True),
     LayoutCase("recompute_full", FULL, short=True),
@@ -167,6 +174,10 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("pp2_cp2_a2a", _pp(2) | _cp(2)),
     LayoutCase("pp2_vpp2_cp2_all_gather", _pp(2, 2) | _cp(2, GATHER), short=True),
     LayoutCase("tp2_sp_dp2_zero1", _tp_sp(2) | ZERO1, 2, short=True),
+    LayoutCase("tp2_sp_dp2_fsdp", _tp_sp(2) | FSDP, 2, short=True),
+    LayoutCase("tp2_dp4_fsdp_optim_grads", _tp(2) | FSDP2, 4),
+    LayoutCase("cp2_fsdp", _cp(2, GATHER) | FSDP),
+    LayoutCase("cp2_dp2_fsdp_optim", _cp(2) | FSDP1, 2),
     LayoutCase("pp2_dp2_overlap", _pp(2) | OVERLAP, 2),
     LayoutCase("pp2_dp2_zero1_overlap", _pp(2) | ZERO1_OVERLAP, 2, short=True),
     LayoutCase("cp2_dp2_zero1", _cp(2) | ZERO1, 2),
@@ -176,6 +187,7 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("tp2_sp_pp2_cp2", _tp_sp(2) | _pp(2) | _cp(2), short=True, short_bf16=True),
     LayoutCase("tp2_cp2_dp2", _tp(2) | _cp(2), 2),
     LayoutCase("tp2_sp_cp2_dp2_zero1_overlap", _tp_sp(2) | _cp(2) | ZERO1_OVERLAP, 2),
+    LayoutCase("tp2_sp_cp2_dp2_fsdp", _tp_sp(2) | _cp(2) | FSDP, 2),
     LayoutCase("tp2_sp_pp2_dp2_zero1", _tp_sp(2) | _pp(2) | ZERO1, 2),
     LayoutCase("tp2_pp2_vpp2_dp2", _tp(2) | _pp(2, 2), 2),
     LayoutCase("tp2_sp_pp2_vpp2_dp2_zero1", _tp_sp(2) | _pp(2, 2) | ZERO1_OVERLAP, 2),
@@ -188,11 +200,14 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("tp2_sp_cp2_recompute_sel", _tp_sp(2) | _cp(2) | SELECTIVE),
     LayoutCase("tp2_sp_pp2_cp2_recompute_full", _tp_sp(2) | _pp(2) | _cp(2) | FULL),
     LayoutCase("accumulation_pp2_cp2", _pp(2) | _cp(2, GATHER), single_samples=True),
+    LayoutCase("dp2_fsdp_recompute_full", FSDP | FULL, 2),
+    LayoutCase("cp2_dp2_fsdp_recompute_sel", _cp(2) | FSDP | SELECTIVE, 2),
     LayoutCase("dropout_recompute_full", FULL, changes=DROPOUT),
     LayoutCase("dropout_tp2_sp", _tp_sp(2), changes=DROPOUT),
     LayoutCase("dropout_cp3_all_gather", _cp(3, GATHER), changes=DROPOUT),
     LayoutCase("dropout_pp2_vpp2_recompute_sel", _pp(2, 2) | SELECTIVE, changes=DROPOUT),
     LayoutCase("dropout_tp2_sp_pp2_cp2", _tp_sp(2) | _pp(2) | _cp(2) | FULL, changes=DROPOUT, short=True),
     LayoutCase("dropout_tp2_sp_cp2_dp2_zero1", _tp_sp(2) | _cp(2) | ZERO1_OVERLAP, 2, changes=DROPOUT),
+    LayoutCase("dropout_tp2_sp_dp2_fsdp_recompute_full", _tp_sp(2) | FSDP | FULL, 2, changes=DROPOUT),
     LayoutCase("dropout_accumulation_dp2", {}, 2, single_samples=True, changes=DROPOUT),
 )

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron_video import device
 from megatron_video.dit import DiTConfig, VideoDiT, build_dit
@@ -19,7 +21,7 @@ from training.config import AdamWConfig
 from training.data import Batch
 from training.ema import EMA
 from training.layout_matrix.table import STEPS, LayoutCase, Workload
-from training.main_parameters import main_parameters
+from training.main_parameters import MainParameter, main_parameters
 from training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from training.train_step import train_step
 
@@ -82,9 +84,11 @@ class Session:
     def _tensors(self) -> dict[str, dict[str, Piece]]:
         # With overlapped gathers the other ranks' part of the last update arrives only in the next forward pass.
         for chunk in self.model:
-            if chunk.ddp_config.overlap_param_gather:
+            if chunk.ddp_config.overlap_param_gather or chunk.ddp_config.use_megatron_fsdp:
                 chunk.start_param_sync(force_sync=True)
-        names = {parameter: name for chunk in self.chunks for name, parameter in chunk.named_parameters()}
+        named = [item for chunk in self.chunks for item in chunk.named_parameters()]
+        # Megatron-FSDP puts its own tensors in their place.
+        names = {getattr(parameter, "orig_param", parameter): name for name, parameter in named}
         tensors: dict[str, dict[str, Piece]] = {
             "parameters": {name: _piece(parameter, parameter, 0) for parameter, name in names.items()},
             "gradients": {},
@@ -95,10 +99,7 @@ class Session:
             if item.main is None or average is None:
                 continue
             name, start = names[item.parameter], item.part.start if item.part else 0
-            # Under ZeRO-1 only this rank's part of the gradients has been reduced.
-            gradient: Tensor = item.parameter.main_grad  # type: ignore[attr-defined]
-            gradient = gradient.flatten()[item.part or slice(None)]
-            tensors["gradients"][name] = _piece(item.parameter, gradient, start)
+            tensors["gradients"][name] = _piece(item.parameter, _gradient(item), start)
             tensors["main_parameters"][name] = _piece(item.parameter, item.main, start)
             tensors["ema"][name] = _piece(item.parameter, average, start)
         return tensors
@@ -188,10 +189,20 @@ def _leave_no_zero(chunk: VideoDiT, seed: int) -> None:
         parameter.add_(noise.to(parameter) * (0.05 if is_matrix else 0.3))
 
 
+def _gradient(item: MainParameter) -> Tensor:
+    """Of the part that this rank updates: the others' has not been reduced."""
+    if isinstance(item.main, DTensor):
+        assert item.main.grad is not None
+        return item.main.grad
+    gradient: Tensor = item.parameter.main_grad  # type: ignore[attr-defined]
+    return gradient.flatten()[item.part or slice(None)]
+
+
 def _partition_dim(parameter: Tensor) -> int:
     return int(getattr(parameter, "partition_dim", -1)) if getattr(parameter, "tensor_model_parallel", False) else -1
 
 
 def _piece(parameter: Tensor, values: Tensor, start: int) -> Piece:
-    flat = values.detach().float().flatten().cpu().numpy().copy()
-    return Piece(flat, start, tuple(parameter.shape), _partition_dim(parameter))
+    # A copy first: memory that numpy has seen cannot be given up, as Megatron-FSDP does with gathered weights.
+    flat = to_local_if_dtensor(values.detach()).float().flatten().cpu().clone()
+    return Piece(flat.numpy(), start, tuple(parameter.shape), _partition_dim(parameter))
