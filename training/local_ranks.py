@@ -38,6 +38,11 @@ class RankError(RuntimeError):
     """A rank raised, died or took too long; the message holds every rank's own words."""
 
 
+def default_device() -> Device:
+    """GPUs where there are any."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class _World:
     """One call's torch.distributed world."""
@@ -55,7 +60,7 @@ class RankPool:
     """
 
     def __init__(self, size: int, device: Device | None = None) -> None:
-        self.device: Device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device: Device = device or default_device()
         if self.device == "cuda" and size > torch.cuda.device_count():
             raise UserError(
                 f"{size} ranks need {size} GPUs, this machine has {torch.cuda.device_count()}; "

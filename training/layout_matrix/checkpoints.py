@@ -171,6 +171,6 @@ def _read(
 
 def _cell(cell: CrossLoad) -> str:
     if cell.errors is None:
-        return "FAILED"
+        return "fail"
     # Two digits are enough to see that it is rounding, and let fifteen readers stand on a line.
     return f"{cell.largest:.0e}".replace("e-0", "e-") + ("!" if cell.wrong else "")

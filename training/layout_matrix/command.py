@@ -7,7 +7,6 @@ above its tolerance.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -38,7 +37,7 @@ from training.layout_matrix.report import (
 )
 from training.layout_matrix.runner import Outcome, run_matrix
 from training.layout_matrix.table import LAYOUTS, STEPS, Dtype, LayoutCase, Workload
-from training.local_ranks import RankPool
+from training.local_ranks import RankPool, default_device
 
 Row = tuple[LayoutCase, Dtype]
 _DTYPES: dict[str, tuple[Dtype, ...]] = {
@@ -51,6 +50,9 @@ _DTYPES: dict[str, tuple[Dtype, ...]] = {
 def main(argv: Sequence[str]) -> int:
     """Run what the arguments ask for; 0 if everything agrees, 1 if not."""
     arguments = _parser().parse_args(argv)
+    arguments.device = arguments.device or default_device()
+    if arguments.max_ranks is None:
+        arguments.max_ranks = 8 if arguments.device == "cpu" else torch.cuda.device_count()
     if arguments.refusals:
         return _write(arguments, refusals_report())
     if arguments.checkpoints:
@@ -84,7 +86,7 @@ def select_rows(arguments: argparse.Namespace) -> list[Row]:
 
 def _run(arguments: argparse.Namespace, rows: list[Row]) -> int:
     with RankPool(max(case.ranks for case, _ in rows), arguments.device) as pool:
-        heading = f"{len(rows)} layouts of up to {pool.size} ranks on {_machine(pool)}\n{_work()}"
+        heading = f"{len(rows)} layouts of up to {pool.size} ranks on {_machine(pool)}\n{_work()}{_left_out(arguments)}"
         print(heading, flush=True)
         outcomes = _with_progress(pool, rows)
     found = FinishedReport("Layout matrix", heading, summary(outcomes), as_json(outcomes))
@@ -114,7 +116,7 @@ def _write(arguments: argparse.Namespace, found: FinishedReport) -> int:
         print(f"\n{title}\n\n{table}")
     print(f"\n{found.summary}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"heading": found.heading, "rows": found.values}, indent=1) + "\n")
+        arguments.json.write_text(found.json() + "\n", encoding="utf-8")
     if arguments.report:
         arguments.report.write_text(found.markdown() + "\n", encoding="utf-8")
     return 1 if found.wrong else 0
@@ -148,6 +150,14 @@ def _work() -> str:
         f"{STEPS} AdamW steps with clipping and EMA; {len(work.shapes)} micro-batches of images and videos, "
         f"{samples} samples, captions of different lengths"
     )
+
+
+def _left_out(arguments: argparse.Namespace) -> str:
+    """A word about rows that need more GPUs; nothing where the user chose."""
+    larger = [case for case in LAYOUTS if case.ranks > arguments.max_ranks]
+    if arguments.device == "cpu" or not larger:
+        return ""
+    return f"\nleft out: {len(larger)} layouts of more than {arguments.max_ranks} ranks; --device cpu runs them"
 
 
 def _listing(rows: list[Row]) -> str:
@@ -189,7 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--refusals", action="store_true", help="show which layouts cannot work, and why")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="only these (names as --list shows them)")
-    parser.add_argument("--max-ranks", type=int, default=8, metavar="N", help="leave out larger ones (default: 8)")
+    parser.add_argument(
+        "--max-ranks", type=int, metavar="N", help="leave out larger ones (default: 8, or the number of GPUs)"
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="both", help="default: both")
     parser.add_argument("--short", action="store_true", help="the part that the default tests run")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")

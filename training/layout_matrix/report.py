@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +25,7 @@ _COLUMNS: dict[Dtype, dict[str, str]] = {
         "ema": "EMA",
     },
 }
-_TENSOR_WIDTH = {"float32": 30, "bfloat16": 22}
+_WIDTH, _LONGEST_TENSOR = 120, 30
 
 
 @dataclass
@@ -42,6 +44,10 @@ class FinishedReport:
     def add(self, title: str, text: str, markdown: str) -> None:
         """One more table."""
         self.tables.append((title, text, markdown))
+
+    def json(self) -> str:
+        """All of it as JSON; an infinite error is null."""
+        return json.dumps(_finite({"heading": self.heading, "rows": self.values}), indent=1, allow_nan=False)
 
     def markdown(self) -> str:
         """All of it as a page."""
@@ -67,7 +73,10 @@ def matrix_table(outcomes: Sequence[Outcome], dtype: Dtype, markdown: bool = Fal
     """All rows of one dtype, with the limits as the last row."""
     columns = _COLUMNS[dtype]
     header = ["layout", "ranks", *columns.values(), "worst parameter", "s", ""]
-    rows = [_cells(outcome, markdown) for outcome in outcomes if outcome.dtype == dtype]
+    shown = [outcome for outcome in outcomes if outcome.dtype == dtype]
+    # Beside the name: ranks, seconds and verdict take 20 columns, an error 8.
+    room = _WIDTH - 20 - 8 * len(columns) - max(len(outcome.case.name) for outcome in shown)
+    rows = [_cells(outcome, None if markdown else min(room, _LONGEST_TENSOR)) for outcome in shown]
     limits = [f"{getattr(TOLERANCES[dtype], name):.0e}" for name in columns]
     table = markdown_table if markdown else text_table
     return table(header, [*rows, ["largest allowed", "", *limits, "", "", ""]])
@@ -118,14 +127,22 @@ def short_name(tensor: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
-def _cells(outcome: Outcome, markdown: bool) -> list[str]:
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(outcome: Outcome, tensor_width: int | None) -> list[str]:
     errors, columns = outcome.errors, _COLUMNS[outcome.dtype]
     if errors is None:
         values, worst = ["-"] * len(columns), "-"
     else:
         values = [f"{errors.value(name):.1e}" for name in columns]
         name = errors.parameters.name
-        worst = name if markdown else short_name(name, _TENSOR_WIDTH[outcome.dtype])
+        worst = name if tensor_width is None else short_name(name, tensor_width)
     return [outcome.case.name, str(outcome.case.ranks), *values, worst, f"{outcome.seconds:.1f}", _verdict(outcome)]
 
 
@@ -162,5 +179,5 @@ def _ranks(count: int) -> str:
 
 def _aligned(column: list[str]) -> list[str]:
     width = max(map(len, column))
-    numbers = all(cell[:1].isdigit() or cell in ("", "-", "inf", "FAILED") for cell in column[1:])
+    numbers = all(cell[:1].isdigit() or cell in ("", "-", "inf", "fail") for cell in column[1:])
     return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
