@@ -72,7 +72,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def matrix_table(outcomes: Sequence[Outcome], dtype: Dtype, markdown: bool = False) -> str:
     """All rows of one dtype, with the limits as the last row."""
     columns = _COLUMNS[dtype]
-    header = ["layout", "ranks", *columns.values(), "worst parameter", "s", ""]
+    header = ["layout", "ranks", *columns.values(), "worst param.", "s", ""]
     shown = [outcome for outcome in outcomes if outcome.dtype == dtype]
     # Beside the name: ranks, seconds and verdict take 20 columns, an error 8.
     room = _WIDTH - 20 - 8 * len(columns) - max(len(outcome.case.name) for outcome in shown)
