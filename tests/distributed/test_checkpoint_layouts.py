@@ -63,16 +63,18 @@ def test_fp32_copies_and_averages_of_bf16_weights_are_kept(
             assert relative_error(found[name], value) < 1e-5, (quantity, name)
 
 
-@pytest.mark.parametrize("averaged", [False, True], ids=["trained", "averaged"])
-def test_weights_alone_load_into_any_layout(averaged: bool, ranks: RankPool, tmp_path: Path) -> None:
-    workload = Workload()
-    ranks.run(train_and_save, BY_NAME["tp2_sp_dp2_zero1"], workload, str(tmp_path), ranks=4)
-    expected = ranks.run(load_weights, ONE_PROCESS, workload, str(tmp_path), averaged, ranks=1)[0]
-    for name in ("tp2_sp", "pp2_vpp2", "cp2_a2a", "dp2_zero1"):
-        reports = ranks.run(load_weights, BY_NAME[name], workload, str(tmp_path), averaged, ranks=2)
-        np.testing.assert_allclose(reports[0].losses, expected.losses, rtol=1e-5)
-        errors = compare(reports, expected)
-        assert errors.parameters.error < FP32.parameters, (name, errors.parameters)
+def test_weights_alone_load_into_any_layout(ranks: RankPool, tmp_path: Path) -> None:
+    workload, folder = Workload(), str(tmp_path)
+    ranks.run(train_and_save, BY_NAME["tp2_sp_dp2_zero1"], workload, folder, ranks=4)
+    losses = []
+    for averaged in (False, True):
+        expected = ranks.run(load_weights, ONE_PROCESS, workload, folder, averaged, ranks=1)[0]
+        losses.append(expected.losses)
+        for name in ("tp2_sp", "pp2_vpp2", "dp2_zero1"):
+            reports = ranks.run(load_weights, BY_NAME[name], workload, folder, averaged, ranks=2)
+            errors = compare(reports, expected)
+            assert max(errors.loss, errors.parameters.error) < FP32.parameters, (name, errors)
+    assert losses[0] != losses[1]
 
 
 def load_weights(case: LayoutCase, workload: Workload, folder: str, averaged: bool) -> Report:
