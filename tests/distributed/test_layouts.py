@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from layout_faults import FAULTS, train_with_fault
 
+from megatron_video.layout import Hardware
 from training.layout_matrix.compare import assemble, compare, relative_error
 from training.layout_matrix.report import summary
 from training.layout_matrix.runner import ONE_PROCESS, References, run_case
+from training.layout_matrix.selection import rows_for
 from training.layout_matrix.table import LAYOUTS, TOLERANCES, Dtype, LayoutCase, Workload
 from training.layout_matrix.worker import SETTINGS, train
 from training.local_ranks import RankPool
@@ -25,19 +27,16 @@ FAULT_ROWS = {
 }
 
 
-def _rows(dtype: Dtype) -> list[object]:
-    return [
-        pytest.param(
-            case,
-            dtype,
-            id=f"{dtype}-{case.name}",
-            marks=[] if (case.short if dtype == "float32" else case.short_bf16) else pytest.mark.heavy,
-        )
-        for case in LAYOUTS
-    ]
+ROWS, _ = rows_for(Hardware(), ("float32", "bfloat16"))
 
 
-@pytest.mark.parametrize(("case", "dtype"), [*_rows("float32"), *_rows("bfloat16")])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{dtype}-{case.name}", marks=() if case.is_short(dtype) else (pytest.mark.heavy,))
+        for case, dtype in ROWS
+    ],
+)
 def test_layout_gives_the_numbers_of_one_process(
     case: LayoutCase, dtype: Dtype, ranks: RankPool, references: References
 ) -> None:

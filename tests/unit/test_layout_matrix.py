@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_video.errors import UserError
-from megatron_video.layout import Hardware, Layout
+from megatron_video.layout import Hardware
 from megatron_video.layout_rules import broken_rule
 from training.layout_matrix.checkpoints import CHECKPOINT_LAYOUTS, SHORT_READERS, SHORT_WRITERS, CrossLoad
 from training.layout_matrix.checkpoints import cross_load_table as print_cells
@@ -17,25 +17,33 @@ from training.layout_matrix.command import main
 from training.layout_matrix.compare import Errors, TensorError, assemble, compare
 from training.layout_matrix.report import matrix_table, progress_line, summary
 from training.layout_matrix.runner import Outcome
+from training.layout_matrix.selection import layout_of, rows_for
 from training.layout_matrix.table import LAYOUTS, Dtype, LayoutCase
-from training.layout_matrix.worker import Piece, Report, model_config
+from training.layout_matrix.worker import Piece, Report
 
 QUANTITIES = ("gradients", "parameters", "main_parameters", "ema")
 
 
+# Eight of them run every row.
+H200 = Hardware(cuda=True, compute_capability=(9, 0), transformer_engine="2.11.0", cuda_version=(13, 0))
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_every_row_is_a_layout_that_the_rules_allow(case: LayoutCase) -> None:
-    workload = case.workload("float32")
-    layout = Layout(
-        case.config,
-        model_config(workload),
-        "fp32",
-        world_size=case.ranks,
-        micro_batches=len(workload.shapes),
-        hardware=Hardware(),
-    )
-    assert broken_rule(layout) is None
+    for dtype in case.dtypes:
+        assert broken_rule(layout_of(case, dtype, H200)) is None
     assert case.ranks <= 8
+
+
+def test_rows_with_transformer_engine_run_on_gpus_only() -> None:
+    on_cpu, left_out = rows_for(Hardware(), ("float32", "bfloat16"))
+    everything, nothing = rows_for(H200, ("float32", "bfloat16"))
+    assert not nothing
+    assert {case.name for case, _ in everything} - {case.name for case, _ in on_cpu} == set(left_out)
+    assert all(name.startswith("te_") for name in left_out)
+    assert ("te_cp4_p2p", "float32") not in {(case.name, dtype) for case, dtype in everything}
+    one_gpu, _ = rows_for(H200, ("bfloat16",), max_ranks=1)
+    assert {case.ranks for case, _ in one_gpu} == {1}
 
 
 def test_names_are_told_apart_and_tables_name_rows_that_exist() -> None:
@@ -136,15 +144,18 @@ def test_the_summary_names_what_is_wrong() -> None:
 def test_a_name_that_is_not_in_the_table_is_refused() -> None:
     with pytest.raises(UserError, match=r"--layouts tp9: not in the table; --list shows the names"):
         main(["--layouts", "tp2", "tp9"])
-    with pytest.raises(UserError, match="no layout is left"):
+    with pytest.raises(UserError, match="--layouts tp2: needs more ranks than --max-ranks"):
         main(["--layouts", "tp2", "--max-ranks", "1"])
+    with pytest.raises(UserError, match="no layout is left"):
+        main(["--max-ranks", "0"])
 
 
 def test_list_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--max-ranks", "2"]) == 0
-    shown = capsys.readouterr().out
+    shown, left_out = capsys.readouterr().out.split("left out")
     assert "tp2_sp" in shown
-    assert "tp4" not in shown
+    assert "tp4_sp" not in shown
+    assert "tp4_sp" in left_out
 
 
 def test_refusals_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

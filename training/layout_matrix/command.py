@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
+from megatron_video.layout import Hardware
 from training.layout_matrix.checkpoints import (
     checkpoint_cases,
     cross_load,
@@ -36,10 +38,10 @@ from training.layout_matrix.report import (
     text_table,
 )
 from training.layout_matrix.runner import Outcome, run_matrix
-from training.layout_matrix.table import LAYOUTS, STEPS, Dtype, LayoutCase, Workload
+from training.layout_matrix.selection import Row, named_rows, rows_for
+from training.layout_matrix.table import STEPS, Dtype, LayoutCase, Workload
 from training.local_ranks import RankPool, default_device
 
-Row = tuple[LayoutCase, Dtype]
 _DTYPES: dict[str, tuple[Dtype, ...]] = {
     "fp32": ("float32",),
     "bf16": ("bfloat16",),
@@ -57,36 +59,28 @@ def main(argv: Sequence[str]) -> int:
         return _write(arguments, refusals_report())
     if arguments.checkpoints:
         return _run_checkpoints(arguments)
-    rows = select_rows(arguments)
+    rows, left_out = _choose(arguments)
     if arguments.list:
         print(_listing(rows))
+        print(_left_out(left_out, arguments).strip())
         return 0
-    return _run(arguments, rows)
+    return _run(arguments, rows, left_out)
 
 
-def select_rows(arguments: argparse.Namespace) -> list[Row]:
-    """The rows of the table that the arguments choose.
-
-    Raises:
-        UserError: a name that is not in the table, or nothing left.
-    """
-    known = {case.name: case for case in LAYOUTS}
-    unknown = [name for name in arguments.layouts or () if name not in known]
-    if unknown:
-        raise UserError(f"--layouts {' '.join(unknown)}: not in the table; --list shows the names")
-    cases = [known[name] for name in arguments.layouts] if arguments.layouts else list(LAYOUTS)
-    cases = [case for case in cases if case.ranks <= arguments.max_ranks]
-    rows = [(case, dtype) for dtype in _DTYPES[arguments.dtype] for case in cases]
-    if arguments.short:
-        rows = [(case, dtype) for case, dtype in rows if (case.short if dtype == "float32" else case.short_bf16)]
+def _choose(arguments: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    hardware = Hardware() if arguments.device == "cpu" else Hardware.detect()
+    rows, left_out = rows_for(hardware, _DTYPES[arguments.dtype], arguments.max_ranks, arguments.short)
+    if arguments.layouts:
+        rows, left_out = named_rows(rows, left_out, arguments.layouts), []
     if not rows:
         raise UserError(f"no layout is left with --max-ranks {arguments.max_ranks} and the other options")
-    return rows
+    return rows, left_out
 
 
-def _run(arguments: argparse.Namespace, rows: list[Row]) -> int:
+def _run(arguments: argparse.Namespace, rows: list[Row], left_out: list[str]) -> int:
     with RankPool(max(case.ranks for case, _ in rows), arguments.device) as pool:
-        heading = f"{len(rows)} layouts of up to {pool.size} ranks on {_machine(pool)}\n{_work()}{_left_out(arguments)}"
+        scope = f"{len(rows)} layouts of up to {pool.size} ranks on {_machine(pool)}"
+        heading = f"{scope}\n{_work()}{_left_out(left_out, arguments)}"
         print(heading, flush=True)
         outcomes = _with_progress(pool, rows)
     found = FinishedReport("Layout matrix", heading, summary(outcomes), as_json(outcomes))
@@ -100,7 +94,9 @@ def _run(arguments: argparse.Namespace, rows: list[Row]) -> int:
 def _run_checkpoints(arguments: argparse.Namespace) -> int:
     writers, readers = checkpoint_cases(arguments.short, arguments.max_ranks)
     with RankPool(max(case.ranks for case in (*writers, *readers)), arguments.device) as pool:
-        heading = f"{len(writers)} x {len(readers)} layouts on {_machine(pool)}\n{_work()}, a save, and one more step"
+        heading = (
+            f"{len(writers)} x {len(readers)} layouts on {_machine(pool)}\na save, and one more step, after {_work()}"
+        )
         print(heading, flush=True)
         with tempfile.TemporaryDirectory(prefix="layouts_") as folder:
             cells = cross_load(pool, Path(folder), writers, readers, _tell)
@@ -148,16 +144,17 @@ def _work() -> str:
     samples = sum(shape[3] for shape in work.shapes)
     return (
         f"{STEPS} AdamW steps with clipping and EMA; {len(work.shapes)} micro-batches of images and videos, "
-        f"{samples} samples, captions of different lengths"
+        f"{samples} samples, captions of different lengths\n"
+        "copies of a tensor on several ranks must be equal bit for bit"
     )
 
 
-def _left_out(arguments: argparse.Namespace) -> str:
-    """A word about rows that need more GPUs; nothing where the user chose."""
-    larger = [case for case in LAYOUTS if case.ranks > arguments.max_ranks]
-    if arguments.device == "cpu" or not larger:
+def _left_out(names: list[str], arguments: argparse.Namespace) -> str:
+    if not names:
         return ""
-    return f"\nleft out: {len(larger)} layouts of more than {arguments.max_ranks} ranks; --device cpu runs them"
+    place = "the CPU" if arguments.device == "cpu" else "the GPUs of this machine"
+    text = f"left out on {place} with up to {arguments.max_ranks} ranks: {', '.join(names)}"
+    return "\n" + textwrap.fill(text, 116, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _listing(rows: list[Row]) -> str:
@@ -168,7 +165,7 @@ def _listing(rows: list[Row]) -> str:
     lines = []
     for name, found in by_case.items():
         case = found[0][0]
-        short = [DTYPE_NAMES[dtype] for _, dtype in found if (case.short if dtype == "float32" else case.short_bf16)]
+        short = [DTYPE_NAMES[dtype] for _, dtype in found if case.is_short(dtype)]
         dtypes = ", ".join(DTYPE_NAMES[dtype] for _, dtype in found)
         lines.append([name, str(case.ranks), dtypes, ", ".join(short), _settings(case)])
     return text_table(header, lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.layout_matrix.compare import Errors, compare
 from training.layout_matrix.table import TOLERANCES, Dtype, LayoutCase, Workload
@@ -42,7 +42,8 @@ class References:
     def report(self, workload: Workload) -> Report:
         """What one process reports."""
         if workload not in self._reports:
-            self._reports[workload] = self._pool.run(train, ONE_PROCESS, workload, ranks=1)[0]
+            case = replace(ONE_PROCESS, parallel={"transformer_impl": workload.transformer_impl})
+            self._reports[workload] = self._pool.run(train, case, workload, ranks=1)[0]
         return self._reports[workload]
 
 

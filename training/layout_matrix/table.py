@@ -39,6 +39,8 @@ class Workload:
     """No text is hidden; otherwise captions have different lengths."""
     seed: int = 23
     """Of the data."""
+    transformer_impl: str = "local"
+    """Layer spec: Transformer Engine's kernels round otherwise than torch's."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,16 @@ class LayoutCase:
 
     def workload(self, dtype: Dtype) -> Workload:
         """The work of this row; what one process does with it is the reference."""
-        return replace(Workload(dtype=dtype), **self.changes)
+        return replace(Workload(dtype=dtype, transformer_impl=self.config.transformer_impl), **self.changes)
+
+    @property
+    def dtypes(self) -> tuple[Dtype, ...]:
+        """Transformer Engine's attention kernels, and with them its context parallelism, have no fp32."""
+        return ("bfloat16",) if self.config.transformer_impl == "transformer_engine" else ("float32", "bfloat16")
+
+    def is_short(self, dtype: Dtype) -> bool:
+        """Whether the short form has it in this dtype."""
+        return self.short if dtype == "float32" else self.short_bf16
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ SELECTIVE: dict[str, Any] = {
     "recompute_modules": ["core_attn", "cross_attention", "mlp"],
 }
 DROPOUT: dict[str, Any] = {"hidden_dropout": 0.2}
+TE: dict[str, Any] = {"transformer_impl": "transformer_engine"}
 
 LAYOUTS: tuple[LayoutCase, ...] = (
     # One axis at a time.
@@ -210,4 +222,16 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("dropout_tp2_sp_cp2_dp2_zero1", _tp_sp(2) | _cp(2) | ZERO1_OVERLAP, 2, changes=DROPOUT),
     LayoutCase("dropout_tp2_sp_dp2_fsdp_recompute_full", _tp_sp(2) | FSDP | FULL, 2, changes=DROPOUT),
     LayoutCase("dropout_accumulation_dp2", {}, 2, single_samples=True, changes=DROPOUT),
+    # Transformer Engine, where there are GPUs enough; compared with Transformer Engine on one GPU.
+    LayoutCase("te_recompute_full", TE | FULL),
+    LayoutCase("te_tp2_sp", TE | _tp_sp(2)),
+    LayoutCase("te_pp2_vpp2", TE | _pp(2, 2)),
+    LayoutCase("te_dp2_zero1_overlap", TE | ZERO1_OVERLAP, 2),
+    LayoutCase("te_cp2_a2a", TE | _cp(2)),
+    LayoutCase("te_cp2_all_gather", TE | _cp(2, GATHER)),
+    LayoutCase("te_cp2_p2p", TE | _cp(2, "p2p")),
+    LayoutCase("te_cp4_p2p", TE | _cp(4, "p2p")),
+    LayoutCase("te_cp4_a2a_p2p", TE | _cp(4, "a2a+p2p") | {"hierarchical_context_parallel_sizes": [2, 2]}),
+    LayoutCase("te_tp2_sp_cp2_p2p_dp2_zero1", TE | _tp_sp(2) | _cp(2, "p2p") | ZERO1_OVERLAP, 2),
+    LayoutCase("te_tp2_sp_pp2_cp2_p2p", TE | _tp_sp(2) | _pp(2) | _cp(2, "p2p")),
 )
