@@ -69,7 +69,11 @@ def count_parameters(model: list[DistributedDataParallel]) -> int:
 def _ranks(config: PretrainConfig, world: int, replicas: int) -> str:
     parallel, device = config.parallel, "CUDA" if torch.cuda.is_available() else "CPU"
     # Only what is switched on: the line is read at a glance.
-    extras = [name for name in ("sequence_parallel", "use_distributed_optimizer") if getattr(parallel, name)]
+    extras = [
+        name
+        for name in ("sequence_parallel", "use_distributed_optimizer", "use_megatron_fsdp")
+        if getattr(parallel, name)
+    ]
     return (
         f"ranks: world {world} = TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
         f" x CP {parallel.context_parallel_size} x DP {replicas}"
