@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 import tempfile
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +38,7 @@ from training.layout_matrix.report import (
 )
 from training.layout_matrix.runner import Outcome, run_matrix
 from training.layout_matrix.selection import Row, named_rows, rows_for
-from training.layout_matrix.table import STEPS, Dtype, LayoutCase, Workload
+from training.layout_matrix.table import LAYOUTS, STEPS, Dtype, LayoutCase, Workload
 from training.local_ranks import RankPool, default_device
 
 _DTYPES: dict[str, tuple[Dtype, ...]] = {
@@ -150,11 +149,13 @@ def _work() -> str:
 
 
 def _left_out(names: list[str], arguments: argparse.Namespace) -> str:
-    if not names:
-        return ""
-    place = "the CPU" if arguments.device == "cpu" else "the GPUs of this machine"
-    text = f"left out on {place} with up to {arguments.max_ranks} ranks: {', '.join(names)}"
-    return "\n" + textwrap.fill(text, 116, subsequent_indent="  ", break_on_hyphens=False)
+    """A line each for layouts that are too large and for those that this hardware does not run."""
+    larger = [case.name for case in LAYOUTS if case.name in names and case.ranks > arguments.max_ranks]
+    others = [name for name in names if name not in larger]
+    text = f"\nleft out: {len(larger)} layouts of more than {arguments.max_ranks} ranks" if larger else ""
+    if others:
+        text += f"\nleft out, for GPUs with Transformer Engine: {len(others)} layouts ({others[0]} to {others[-1]})"
+    return text
 
 
 def _listing(rows: list[Row]) -> str:

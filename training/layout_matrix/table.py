@@ -224,6 +224,7 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("dropout_accumulation_dp2", {}, 2, single_samples=True, changes=DROPOUT),
     # Transformer Engine, where there are GPUs enough; compared with Transformer Engine on one GPU.
     LayoutCase("te_recompute_full", TE | FULL),
+    LayoutCase("te_offload", TE | {"fine_grained_activation_offloading": True}),
     LayoutCase("te_tp2_sp", TE | _tp_sp(2)),
     LayoutCase("te_pp2_vpp2", TE | _pp(2, 2)),
     LayoutCase("te_dp2_zero1_overlap", TE | ZERO1_OVERLAP, 2),
