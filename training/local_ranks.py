@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -30,6 +31,8 @@ HOST = "127.0.0.1"
 # After one rank failed, the others may still say why; most only wait for it.
 GRACE_SECONDS = 3
 _IMPORTED_ONCE = ["megatron_video.dit", "training.checkpoint", "training.train_step"]
+
+_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 Device = Literal["cpu", "cuda"]
 
@@ -130,11 +133,7 @@ class RankPool:
         self.close()
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         # A process that forks must not have touched CUDA, and imports of optional packages may: GPU ranks start afresh.
-        context: Any = multiprocessing.get_context("forkserver" if self.device == "cpu" else "spawn")
-        if self.device == "cpu":
-            # Read by the server when it starts: its numeric libraries must not size thread pools for every rank.
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
-            context.set_forkserver_preload(_IMPORTED_ONCE)
+        context: Any = _forking_context() if self.device == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             lifeline, held_by_us = context.Pipe(duplex=False)
@@ -161,6 +160,22 @@ class RankPool:
         reason = "waited for another rank" if answers and not all(ok for ok, _ in answers.values()) else None
         late = reason or f"no answer within {timeout_seconds:g} s"
         return answers | {rank: (False, late) for rank in waiting.values()}
+
+
+def _forking_context() -> Any:
+    """Processes forked from a server that has imported what ranks need, and that sees no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    # The server keeps the environment it starts with; its numeric libraries size their thread pools by it.
+    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
+    os.environ |= _SERVER_ENVIRONMENT
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            os.environ |= {} if value is None else {name: value}
+    return context
 
 
 def _receive(connection: Connection) -> tuple[bool, Any]:
