@@ -150,6 +150,11 @@ def test_a_name_that_is_not_in_the_table_is_refused() -> None:
         main(["--max-ranks", "0"])
 
 
+def test_a_report_without_a_folder_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its folder does not exist"):
+        main(["--report", str(tmp_path / "missing" / "a.md")])
+
+
 def test_list_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--max-ranks", "2"]) == 0
     shown = capsys.readouterr().out

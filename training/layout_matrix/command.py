@@ -20,12 +20,7 @@ import torch
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.layout import Hardware
-from training.layout_matrix.checkpoints import (
-    checkpoint_cases,
-    cross_load,
-    cross_load_summary,
-    cross_load_table,
-)
+from training.layout_matrix.checkpoints import checkpoint_cases, cross_load, cross_load_summary, cross_load_table
 from training.layout_matrix.refusals import refusals_report
 from training.layout_matrix.report import (
     DTYPE_NAMES,
@@ -51,6 +46,9 @@ _DTYPES: dict[str, tuple[Dtype, ...]] = {
 def main(argv: Sequence[str]) -> int:
     """Run what the arguments ask for; 0 if everything agrees, 1 if not."""
     arguments = _parser().parse_args(argv)
+    for path in filter(None, (arguments.json, arguments.report)):
+        if not path.absolute().parent.is_dir():  # told before the run, not after it
+            raise UserError(f"{path}: its folder does not exist")
     arguments.device = arguments.device or default_device()
     if arguments.max_ranks is None:
         arguments.max_ranks = 8 if arguments.device == "cpu" else torch.cuda.device_count()
