@@ -31,7 +31,7 @@ def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor,
         shift: [1, b, D]; `scale` [1, b, D]. Backward keeps them un-repeated (section 6.2.3).
         eps: added to the variance.
     """
-    if _has_kernels(x):
+    if has_kernels(x):
         from megatron_video.dit.kernels.layer_norm import ModulatedLayerNorm
 
         return ModulatedLayerNorm.apply(x, weight, bias, shift, scale, eps)
@@ -40,7 +40,7 @@ def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor,
 
 def rotated_rms_norm(x: Tensor, weight: Tensor, eps: float, rope: Rope) -> Tensor:
     """RoPE-3D of the RMSNorm over each head's channels; x [s, b, heads, head_dim], weight [head_dim]."""
-    if _has_kernels(x):
+    if has_kernels(x):
         from megatron_video.dit.kernels.rms_norm import RotatedRMSNorm
 
         return RotatedRMSNorm.apply(x, weight, eps, rope.cos, rope.sin, rope.split)
@@ -49,7 +49,7 @@ def rotated_rms_norm(x: Tensor, weight: Tensor, eps: float, rope: Rope) -> Tenso
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over each head's channels; x [s, b, heads, head_dim], weight [head_dim]."""
-    if _has_kernels(x):
+    if has_kernels(x):
         from megatron_video.dit.kernels.rms_norm import RotatedRMSNorm
 
         return RotatedRMSNorm.apply(x, weight, eps, None, None, None)
@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """`x + gate * branch`; x and branch [s, b, D], gate [1, b, D], kept un-repeated for backward."""
-    if _has_kernels(x):
+    if has_kernels(x):
         from megatron_video.dit.kernels.residual import GatedResidual
 
         return GatedResidual.apply(x, gate, branch)
@@ -98,7 +98,8 @@ def without_kernels() -> Iterator[None]:
         _switched_off = before
 
 
-def _has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
+    """Whether the operations on `x` run as Triton kernels."""
     return x.is_cuda and not _switched_off and _triton_is_installed()
 
 

@@ -9,6 +9,7 @@ collectives: 6 of the 48 heads and an eighth of the feed-forward.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=default)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--case-seconds", type=float, default=10, help="after so long, three repetitions are enough")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--peak-tflops", type=float, help="of the device at this dtype; default by its name")
@@ -105,13 +107,20 @@ def _row(case: Case, options: argparse.Namespace, ceiling: float, peak: float | 
     except Exception as error:
         traceback.print_exc()
         row["status"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
-    if case.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(case.device)
     if row["status"] == "ok":
         row["tflops"] = _flops(case) / row["ms"] / 1e9
         row["of_ceiling"] = row["tflops"] / ceiling
         row["mfu"] = row["tflops"] / peak if peak else None
     return row
+
+
+def _free(device: torch.device) -> None:
+    # Modules refer to themselves, and compiled code to the modules it was made for.
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +130,9 @@ def _measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         cuda = case.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        forward, backward = timing.part_seconds(workload.run, case.device, options.warmup, options.repeats)
+        forward, backward = timing.part_seconds(
+            workload.run, case.device, options.warmup, options.repeats, options.case_seconds
+        )
         memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
     weights = sum(parameter.numel() * parameter.element_size() for parameter in workload.parameters) / 2**30
     return {"ms": (forward + backward) * 1e3, "forward_ms": forward * 1e3, "weights_gib": weights, **memory}

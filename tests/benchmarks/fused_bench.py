@@ -116,7 +116,7 @@ def _rows(operation: Operation, tokens: int, options: argparse.Namespace) -> Ite
 
 def _measure(operation: Operation, form: str, options: argparse.Namespace) -> dict[str, Any]:
     device, inputs = torch.device(options.device), operation.inputs
-    function = _function(operation, form, device)
+    function = _function(operation, form)
     incoming = torch.randn_like(operation.inputs[0]).detach()
 
     def run(mark: Callable[[], None]) -> None:
@@ -133,12 +133,12 @@ def _measure(operation: Operation, form: str, options: argparse.Namespace) -> di
     return {**times, "gb_per_s": moved / total / 1e9, "kept_mib": kept}
 
 
-def _function(operation: Operation, form: str, device: torch.device) -> Callable[..., Tensor]:
+def _function(operation: Operation, form: str) -> Callable[..., Tensor]:
     if form == "compiled":
         torch._dynamo.reset()
         return torch.compile(operation.plain, dynamic=False)
-    if form == "kernel" and device.type != "cuda":
-        raise RuntimeError("the kernels need CUDA; on other devices the fused operations are plain torch")
+    if form == "kernel" and not fused.has_kernels(operation.inputs[0]):
+        raise RuntimeError("the kernels need CUDA and triton; without them the fused operations are plain torch")
     return operation.fused if form == "kernel" else operation.plain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 
@@ -14,12 +15,18 @@ Parts = Callable[[Callable[[], None]], None]
 """Does one repetition, and calls its argument between the parts that are timed apart."""
 
 
-def part_seconds(run: Parts, device: torch.device, warmup: int, repeats: int) -> list[float]:
-    """Median seconds of every part of `run`, which marks the ends of all parts but the last."""
-    for _ in range(warmup):
-        run(lambda: None)
+def part_seconds(run: Parts, device: torch.device, warmup: int, repeats: int, limit_s: float = math.inf) -> list[float]:
+    """Median seconds of every part of `run`, which marks the ends of all parts but the last.
+
+    After `limit_s` seconds three repetitions are enough.
+    """
     clock = _cuda_repetition if device.type == "cuda" else _cpu_repetition
-    repetitions = [clock(run) for _ in range(repeats)]
+    for _ in range(warmup):
+        clock(run)
+    start = time.perf_counter()
+    repetitions: list[list[float]] = []
+    while len(repetitions) < repeats and (len(repetitions) < 3 or time.perf_counter() - start < limit_s):
+        repetitions.append(clock(run))
     return [_median(list(times)) for times in zip(*repetitions, strict=True)]
 
 

@@ -18,6 +18,7 @@ from megatron_video.dit.fused import (
 from megatron_video.dit.rope import Rope, build_rope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 pytest.importorskip(
     "triton", reason="torch's CPU build comes without triton (640 MB), which would interpret the kernels"
 )
@@ -31,6 +32,9 @@ from megatron_video.dit.kernels.rms_norm import RotatedRMSNorm  # noqa: E402
 
 # tokens, batch, width; neither tokens nor widths are powers of two, and one token is the least there can be
 SHAPES = [(1, 1, 16), (5, 1, 100), (13, 3, 96), (8, 2, 640)]
+# The 30B's width and heads: minutes in the interpreter.
+LARGE = [(1031, 2, 6144)] if DEVICE.type == "cuda" else []
+LARGE_ROTATED = [((3, 17, 21), 2, 48, (64, 32, 32))] if DEVICE.type == "cuda" else []
 # grid, batch, heads, split
 ROTATED = [
     ((1, 1, 1), 1, 1, (8, 4, 4)),
@@ -68,7 +72,7 @@ def compare(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], inputs:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "batch", "width"), SHAPES)
+@pytest.mark.parametrize(("tokens", "batch", "width"), SHAPES + LARGE)
 def test_modulated_layer_norm(tokens: int, batch: int, width: int, dtype: torch.dtype) -> None:
     # As in the model, where one tensor [6, b, D] holds all modulations.
     modulation = random(batch, 6, width, dtype=dtype, seed=1).transpose(0, 1).unsqueeze(1)
@@ -82,7 +86,7 @@ def test_modulated_layer_norm(tokens: int, batch: int, width: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "batch", "width"), SHAPES)
+@pytest.mark.parametrize(("tokens", "batch", "width"), SHAPES + LARGE)
 def test_gated_residual(tokens: int, batch: int, width: int, dtype: torch.dtype) -> None:
     x, branch = (random(tokens, batch, width, dtype=dtype, seed=seed) for seed in (0, 1))
     gate = random(1, batch, width, dtype=dtype, seed=2)
@@ -91,7 +95,7 @@ def test_gated_residual(tokens: int, batch: int, width: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotate", [True, False])
-@pytest.mark.parametrize(("grid", "batch", "heads", "split"), ROTATED)
+@pytest.mark.parametrize(("grid", "batch", "heads", "split"), ROTATED + LARGE_ROTATED)
 def test_rotated_rms_norm(
     grid: tuple[int, int, int], batch: int, heads: int, split: tuple[int, ...], rotate: bool, dtype: torch.dtype
 ) -> None:
