@@ -1,7 +1,8 @@
 """The manifest: a Parquet table with one row a clip, written stage by stage.
 
 A clip is a span of frames of a source file; nothing is re-encoded. A dropped clip keeps its row, with the stage that
-dropped it and the reason. The columns are the table below: a stage fills its own, later ones stay null until then.
+dropped it and the reason. The columns are the tables below: a stage fills its own, later ones stay null until then.
+Columns that came after version 1 may be missing in a file; they are read as nulls.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import pyarrow.parquet as pq
 
 from megatron_video.errors import UserError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 _VERSION_KEY = b"megatron_video.manifest_version"
 
 # name, Arrow type, stage that fills it, meaning
-COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
+_Columns = tuple[tuple[str, pa.DataType, str, str], ...]
+# Every manifest has these.
+VERSION_1_COLUMNS: _Columns = (
     (
         "clip_id",
         pa.string(),
@@ -65,6 +68,35 @@ COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
     ("dropped_by", pa.string(), "any", "stage that dropped the clip; null = kept"),
     ("drop_reason", pa.string(), "any", "why"),
 )
+# New columns go here; all of them may be null.
+VERSION_2_COLUMNS: _Columns = (
+    ("origin", pa.string(), "ingest", "TAR::MEMBER where the file was taken out of a tar"),
+    ("title", pa.string(), "ingest", "original title, from the listing or the file's own metadata"),
+    ("duration", pa.float64(), "ingest", "seconds of the whole file, by its frames' times; 0 for an image"),
+    ("variable_fps", pa.bool_(), "ingest", "the times between frames differ by more than the container's rounding"),
+    ("audio", pa.bool_(), "ingest", "there is a sound track"),
+    ("color_transfer", pa.string(), "ingest", "transfer characteristics, libav's name, such as bt709 or smpte2084"),
+    ("hdr", pa.bool_(), "ingest", "transfer characteristics are PQ (smpte2084) or HLG (arib-std-b67)"),
+    ("flicker", pa.float32(), "tag", "change of brightness between neighbouring frames"),
+    ("static_share", pa.float32(), "tag", "share of the picture that never changes, 0 to 1"),
+    ("text_area", pa.float32(), "tag", "share of the picture under overlaid text, without a model, 0 to 1"),
+    ("phash", pa.string(), "tag", "perceptual hash, hex"),
+    ("aesthetic", pa.float32(), "tag", "CLIP + MLP head, mean of 8 frames"),
+    ("nsfw", pa.float32(), "tag", "CLIP + head, 0 to 1"),
+    ("watermark", pa.float32(), "tag", "probability, 0 to 1"),
+    ("ocr_area", pa.float32(), "tag", "share of the picture under text that OCR finds, 0 to 1"),
+    ("text_video_score", pa.float32(), "tag", "mean CLIP cosine of caption and 8 frames"),
+    ("caption_short", pa.string(), "caption", "one sentence"),
+    ("caption_dense", pa.string(), "caption", "subject, events, scene, style, camera"),
+    ("caption_title", pa.string(), "caption", "the original title, cleaned"),
+    ("caption_model", pa.string(), "caption", "model, endpoint or file that wrote the captions"),
+    ("cluster", pa.int32(), "balance", "number of the K-means cluster"),
+    ("cluster_count", pa.int64(), "balance", "clips in that cluster (the paper's Cluster_Cnt)"),
+    ("center_similarity", pa.float32(), "balance", "cosine with the cluster's centre (the paper's Center_Sim)"),
+    ("weight", pa.float32(), "balance", "resampling weight"),
+    ("duplicate_of", pa.string(), "balance", "clip_id of the kept near-duplicate"),
+)
+COLUMNS: _Columns = VERSION_1_COLUMNS + VERSION_2_COLUMNS
 SCHEMA = pa.schema(
     [(name, kind) for name, kind, _, _ in COLUMNS], metadata={_VERSION_KEY: str(MANIFEST_VERSION).encode()}
 )
@@ -73,7 +105,7 @@ Row = dict[str, Any]
 
 
 def read_manifest(path: str | Path) -> pa.Table:
-    """Read a manifest and check that it is one.
+    """Read a manifest and check that it is one; columns that it is too old for come as nulls.
 
     Raises:
         UserError: no such file, not Parquet, no manifest, of a newer version, or with wrong columns.
@@ -86,7 +118,16 @@ def read_manifest(path: str | Path) -> pa.Table:
         raise UserError(f"{path} is not readable as Parquet: {error}") from None
     _check_version(path, table.schema)
     _check_columns(path, table.schema)
-    return table
+    return complete_columns(table)
+
+
+def complete_columns(table: pa.Table) -> pa.Table:
+    """The table with all columns of today, in their order and types; ones that came after its version are null."""
+    for field in SCHEMA:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    # The cast turns columns of nulls, which Arrow infers where nothing is filled yet, into the schema's types.
+    return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
 
 
 def write_manifest(table: pa.Table, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -96,8 +137,7 @@ def write_manifest(table: pa.Table, path: str | Path, metadata: Mapping[str, str
     """
     _check_columns(path, table.schema)
     extra = {key.encode(): value.encode() for key, value in (metadata or {}).items()}
-    # The cast turns columns of nulls, which Arrow infers where nothing is filled yet, into the schema's types.
-    table = table.cast(SCHEMA).replace_schema_metadata({**(SCHEMA.metadata or {}), **extra})
+    table = complete_columns(table).replace_schema_metadata({**(SCHEMA.metadata or {}), **extra})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -151,13 +191,13 @@ def _check_version(path: str | Path, schema: pa.Schema) -> None:
 
 
 def _check_columns(path: str | Path, schema: pa.Schema) -> None:
-    missing = [name for name in SCHEMA.names if name not in schema.names]
+    missing = [name for name, *_ in VERSION_1_COLUMNS if name not in schema.names]
     unknown = [name for name in schema.names if name not in SCHEMA.names]
     wrong = [name for name in schema.names if name not in unknown and not _same_type(schema, name)]
     if missing or unknown or wrong:
         raise UserError(
             f"{path}: wrong manifest columns: missing {missing}, unknown {unknown}, of another type {wrong}; "
-            "the table in megatron_video/manifest.py says what there is"
+            "the tables in megatron_video/manifest.py say what there is"
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 from megatron_video.errors import UserError
 from megatron_video.manifest import (
     SCHEMA,
+    VERSION_1_COLUMNS,
     clip_id,
     dropped,
     kept_rows,
@@ -62,3 +63,27 @@ def test_newer_versions_and_other_columns_are_refused(tmp_path: Path) -> None:
         read_manifest(path)
     with pytest.raises(ValueError, match="colour"):
         table_from_rows([{"colour": "red"}])
+
+
+def test_a_manifest_of_version_1_is_read_with_the_later_columns_null(tmp_path: Path) -> None:
+    path = tmp_path / "old.parquet"
+    # Built as the first version wrote it: its columns only, its number in the metadata.
+    names = [name for name, *_ in VERSION_1_COLUMNS]
+    kinds = pa.schema([(name, kind) for name, kind, *_ in VERSION_1_COLUMNS])
+    old = pa.Table.from_pylist([{"clip_id": "a", "caption": "text", "fps": 24.0}], schema=kinds)
+    pq.write_table(old.replace_schema_metadata({b"megatron_video.manifest_version": b"1", b"mine": b"x"}), path)
+    table = read_manifest(path)
+    assert table.schema.names == SCHEMA.names
+    assert table.schema.metadata[b"mine"] == b"x"
+    (row,) = table.to_pylist()
+    assert {name: row[name] for name in names} == old.to_pylist()[0]
+    assert {row[name] for name in SCHEMA.names if name not in names} == {None}
+    write_manifest(table, path)
+    assert pq.read_schema(path).metadata[b"megatron_video.manifest_version"] == b"2"
+    assert read_manifest(path).equals(table)
+
+
+def test_columns_come_in_one_order(tmp_path: Path) -> None:
+    table = table_from_rows([{"clip_id": "a", "hdr": True}])
+    pq.write_table(table.select(sorted(SCHEMA.names)), tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "m.parquet").equals(table)
