@@ -6,10 +6,11 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
-from torch import nn
+
+from megatron_video.dit import VideoDiT
 
 
-def fuse_gradient_accumulation(model: nn.Module) -> int:
+def fuse_gradient_accumulation(model: VideoDiT) -> int:
     """Switch it on in a model whose weights have their buffers (`main_grad`) already.
 
     Transformer Engine's linears bring the kernel, megatron-core's take Apex's. Without it the gradient is made in the

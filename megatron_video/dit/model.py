@@ -153,7 +153,8 @@ class VideoDiT(MegatronModule):
         return x
 
     @staticmethod
-    def _run_layer(layer: DiTLayer, *inputs: Any, tokens: TokenLayout) -> Tensor:
+    def _run_layer(layer: nn.Module, *inputs: Any, tokens: TokenLayout) -> Tensor:
+        assert isinstance(layer, DiTLayer)
         with running_layer(layer.config, layer.layer_number - 1):
             output: Tensor = layer(*inputs, tokens=tokens)
         return output

@@ -105,7 +105,7 @@ def test_fp8_attention_is_near_bf16() -> None:
 @pytest.fixture(scope="module")
 def bf16_losses() -> list[float]:
     losses = trained_losses(ENGINE, None, steps=200)
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20]), "nothing was learnt"
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20]), "nothing was learnt"
     return losses
 
 
