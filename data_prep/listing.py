@@ -82,7 +82,7 @@ def _is_listing(path: Path) -> bool:
 
 
 def _entries_of_listing(listing: Path) -> list[Entry]:
-    records = _read_records(listing)
+    records = read_records(listing)
     entries = [_entry_of_record(listing, number, record) for number, record in enumerate(records, start=1)]
     # All at once: who has to mend a listing wants to know everything that is wrong with it.
     missing = [entry.path for entry in entries if not os.path.isfile(entry.path)]
@@ -126,7 +126,12 @@ def _field(record: dict[str, Any], name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def _read_records(listing: Path) -> list[Any]:
+def read_records(listing: Path) -> list[Any]:
+    """Entries of a .jsonl, .csv or .parquet file, as they stand there.
+
+    Raises:
+        UserError: another suffix, or not readable as what the suffix says.
+    """
     try:
         if listing.suffix == ".parquet":
             records: list[Any] = pq.read_table(listing).to_pylist()
