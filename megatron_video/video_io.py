@@ -10,10 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -22,13 +19,25 @@ from av.container import InputContainer
 from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
 
 from megatron_video.buckets import CropBox
-from megatron_video.errors import UserError
+from megatron_video.video_file import (
+    FrameTable,
+    VideoError,
+    frame_table,
+    is_image,
+    load_image,
+    open_video,
+    shown_frames,
+)
+from megatron_video.video_probe import VideoInfo as VideoInfo
+from megatron_video.video_probe import probe as probe
 
 # What a folder scan takes for media; a file named in a listing may have any suffix.
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ogv"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".mxf", ".y4m", ".gif"),
+)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Up to here decoding from the start is cheaper than reading the packet table and seeking.
@@ -41,51 +50,6 @@ _ROTATION_FILTERS: dict[int, tuple[tuple[str, str], ...]] = {
     180: (("hflip", ""), ("vflip", "")),
     270: (("transpose", "clock"),),
 }
-
-
-class VideoError(UserError):
-    """One file cannot be read or written; stages turn it into a dropped row."""
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What the container says of a file and what its packets show."""
-
-    path: str
-    codec: str
-    """libav's decoder name, such as "h264" or "png"."""
-    fps: float
-    """Average frames per second; 0 for an image."""
-    declared_frames: int
-    """Frames the header promises; 0 where the container has no such field."""
-    num_frames: int
-    """Frames whose packets are in the file."""
-    duration: float
-    """Seconds."""
-    width: int
-    """Pixels, after rotation."""
-    height: int
-    """Pixels, after rotation."""
-    rotation: int
-    """Degrees counter-clockwise (0, 90, 180, 270) by which a viewer turns the coded picture."""
-    pixel_format: str
-    is_image: bool
-
-
-def probe(path: str | Path) -> VideoInfo:
-    """Read the header, walk the packets, decode the first frame.
-
-    Raises:
-        VideoError: no such file, not a video or image, no video stream, or fewer frames than the header promises.
-    """
-    num_frames = len(_packet_times(str(path), _modified(path)))
-    with _open(path) as (container, stream):
-        info = _probe_image(path, stream) if _is_image(container) else _probe_video(path, container, stream, num_frames)
-    if info.declared_frames > info.num_frames:
-        raise VideoError(
-            f"{path}: cut short: the header promises {info.declared_frames} frames, {info.num_frames} are there"
-        )
-    return info
 
 
 def read_frames(
@@ -133,11 +97,11 @@ def iter_frames(
 
     `keep` leaves out the conversion of the other frames. Arguments and errors otherwise as `read_frames`.
     """
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         graph: _Pictures | None = None
-        decoded = _decode_image(path) if _is_image(container) else _decode(container, stream, path, start_frame)
+        decoded = _decode_image(path) if is_image(container) else _decode(container, stream, path, start_frame)
         # Where the header promises nothing, the packets say how many frames there must be.
-        expected = stop_frame or stream.frames or len(_packet_times(str(path), _modified(path)))
+        expected = stop_frame or shown_frames(path, container, stream)
         number = start_frame - 1
         for number, frame in decoded:
             if number < start_frame or (keep is not None and number not in keep):
@@ -171,12 +135,6 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18, p
         temporary.unlink(missing_ok=True)
 
 
-def stream_rate(stream: VideoStream) -> Fraction:
-    """Average frame rate of a stream, or the demuxer's guess where the container has none."""
-    rate = stream.average_rate or stream.guessed_rate
-    return Fraction(rate.numerator, rate.denominator) if rate else Fraction(25)
-
-
 def _encode_h264(path: Path, frames: np.ndarray, fps: float, options: dict[str, str]) -> None:
     # One thread and bitexact: the bytes must not depend on the machine. Faststart: the header survives a cut tail.
     # mbtree off: with SIMD it reads memory that x264 did not set, and the bytes differ from process to process.
@@ -196,109 +154,54 @@ def _encode_h264(path: Path, frames: np.ndarray, fps: float, options: dict[str, 
         container.mux(stream.encode())
 
 
-@contextmanager
-def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open for decoding; libav's errors of the whole `with` block become `VideoError`s naming the file."""
-    if not Path(path).is_file():
-        raise VideoError(f"{path}: no such file")
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise VideoError(f"{path}: no video stream in it")
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _is_image(container: InputContainer) -> bool:
-    return container.format.name == "image2" or container.format.name.endswith("_pipe")
-
-
-def _probe_video(path: str | Path, container: InputContainer, stream: VideoStream, num_frames: int) -> VideoInfo:
-    first = next(container.decode(stream), None)
-    if first is None:
-        raise VideoError(f"{path}: no frame can be decoded")
-    rotation = int(first.rotation) % 360
-    width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
-    fps = float(stream_rate(stream))
-    return VideoInfo(
-        path=str(path),
-        codec=stream.codec_context.codec.name,
-        fps=fps,
-        declared_frames=stream.frames,
-        num_frames=num_frames,
-        duration=num_frames / fps,
-        width=width,
-        height=height,
-        rotation=rotation,
-        pixel_format=first.format.name,
-        is_image=False,
-    )
-
-
-def _probe_image(path: str | Path, stream: VideoStream) -> VideoInfo:
-    height, width = _load_image(path).shape[:2]
-    return VideoInfo(
-        path=str(path),
-        codec=stream.codec_context.codec.name,
-        fps=0.0,
-        declared_frames=1,
-        num_frames=1,
-        duration=0.0,
-        width=width,
-        height=height,
-        rotation=0,
-        pixel_format=stream.codec_context.pix_fmt or "",
-        is_image=True,
-    )
-
-
-def _load_image(path: str | Path) -> np.ndarray:
-    # Pillow, not libav: it turns pictures by their EXIF orientation, mirrored ones too.
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot be read as an image: {error}") from None
-
-
 def _decode_image(path: str | Path) -> Iterator[tuple[int, VideoFrame]]:
-    yield 0, VideoFrame.from_ndarray(_load_image(path), format="rgb24")
-
-
-def _modified(path: str | Path) -> int:
-    return os.stat(path).st_mtime_ns if os.path.isfile(path) else 0
-
-
-@lru_cache(maxsize=8)
-def _packet_times(path: str, modified_ns: int) -> tuple[int | None, ...]:
-    """Presentation times of all frames in ascending order: exact frame numbers, also for variable frame rates."""
-    with _open(path) as (container, stream):
-        # The last packet is an empty flush; discarded ones lie outside the edit list and show no frame.
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        damaged = [number for number, packet in enumerate(packets) if packet.is_corrupt]
-        if damaged:
-            raise VideoError(f"{path}: cut short or damaged: the data of frame {damaged[0]} is not complete")
-        return tuple(sorted((p.pts for p in packets), key=lambda pts: -1 if pts is None else pts))
+    yield 0, VideoFrame.from_ndarray(load_image(path), format="rgb24")
 
 
 def _decode(
     container: InputContainer, stream: VideoStream, path: str | Path, start_frame: int
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Yield (frame number, frame) from `start_frame` or a little before it."""
-    number = 0
     if start_frame >= _SEEK_FROM_FRAME:
-        times = _packet_times(str(path), _modified(path))
-        numbers = {pts: index for index, pts in enumerate(times) if pts is not None}
-        # Without distinct times (raw streams, some AVI) frames can only be counted from the start.
-        if len(numbers) == len(times) > start_frame:
-            container.seek(times[start_frame] or 0, stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts in numbers:
-                    yield numbers[frame.pts], _intact(frame, path, numbers[frame.pts])
+        table = frame_table(path)
+        # Without a time for each frame, frames can only be counted from the start.
+        if table.timed and start_frame < table.num_frames:
+            yield from _decode_from(container, stream, path, start_frame, table)
             return
     for number, frame in enumerate(container.decode(stream)):
         yield number, _intact(frame, path, number)
+
+
+def _decode_from(
+    container: InputContainer, stream: VideoStream, path: str | Path, start_frame: int, table: FrameTable
+) -> Iterator[tuple[int, VideoFrame]]:
+    for number, frame in _seek(container, stream, start_frame, table):
+        # What lies before only leads up to it, and may lack its own references.
+        if number >= start_frame:
+            yield number, _intact(frame, path, number)
+
+
+def _seek(
+    container: InputContainer, stream: VideoStream, start_frame: int, table: FrameTable
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames from a key frame at or before `start_frame`, with their numbers."""
+    # Demuxers seek by decoding time. A frame that is shown before a key frame but coded after it (open GOP of HEVC)
+    # is lost then, so the key frame is chosen by the time of showing, and an earlier one if that did not do.
+    before = table.keyframes[: np.searchsorted(table.keyframes, start_frame, side="right")]
+    for time in (*(int(table.times[key]) for key in before[:-4:-1]), _stream_start(stream)):
+        container.seek(time, stream=stream)
+        frames = ((table.number_of(frame.pts), frame) for frame in container.decode(stream))
+        numbered = ((number, frame) for number, frame in frames if number is not None)
+        first = next(numbered, None)
+        if first is not None and first[0] <= start_frame:
+            yield first
+            yield from numbered
+            return
+
+
+def _stream_start(stream: VideoStream) -> int:
+    # Far below the first decoding time, which reordering puts before the first time of showing.
+    return (stream.start_time or 0) - round(10 / (stream.time_base or 1))
 
 
 def _intact(frame: VideoFrame, path: str | Path, number: int) -> VideoFrame:

@@ -52,7 +52,8 @@ def write_with_av(path: Path, frames: np.ndarray, rotation: int = 0, times: list
 def test_probe(video: Path) -> None:
     info = probe(video)
     assert (info.codec, info.pixel_format, info.fps, info.is_image) == ("h264", "yuv420p", 25.0, False)
-    assert (info.num_frames, info.declared_frames, info.width, info.height) == (150, 150, 96, 64)
+    assert (info.num_frames, info.width, info.height, info.variable_fps, info.audio) == (150, 96, 64, False, False)
+    assert (info.color_transfer, info.hdr) == ("bt709", False)
     assert info.duration == pytest.approx(6.0)
 
 
