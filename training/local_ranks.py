@@ -154,12 +154,22 @@ class RankPool:
             for ready in wait(list(waiting), timeout=left):
                 assert isinstance(ready, Connection)
                 rank = waiting.pop(ready)
-                answers[rank] = _receive(ready)
+                answers[rank] = self._receive(rank)
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         reason = "waited for another rank" if answers and not all(ok for ok, _ in answers.values()) else None
         late = reason or f"no answer within {timeout_seconds:g} s"
         return answers | {rank: (False, late) for rank in waiting.values()}
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            answer: tuple[bool, Any] = self._connections[rank].recv()
+            return answer
+        except (EOFError, ConnectionResetError):
+            process = self._processes[rank]
+            process.join(GRACE_SECONDS)
+            # Negative: the number of the signal that ended it; -9 is mostly the kernel, out of memory.
+            return False, f"the process died with exit code {process.exitcode}"
 
 
 def _forking_context() -> Any:
@@ -176,14 +186,6 @@ def _forking_context() -> Any:
             del os.environ[name]
             os.environ |= {} if value is None else {name: value}
     return context
-
-
-def _receive(connection: Connection) -> tuple[bool, Any]:
-    try:
-        answer: tuple[bool, Any] = connection.recv()
-        return answer
-    except (EOFError, ConnectionResetError):
-        return False, "the process died"
 
 
 def _serve(connection: Connection, lifeline: Connection, rank: int, device: Device) -> None:

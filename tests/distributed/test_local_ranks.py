@@ -65,7 +65,7 @@ def test_size_of_a_world_is_checked(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [(fail_on, "rank 1 is out of paper"), (die_on, "rank 1: the process died")],
+    [(fail_on, "rank 1 is out of paper"), (die_on, "rank 1: the process died with exit code 3")],
     ids=["raises", "dies"],
 )
 def test_a_failing_rank_tells_and_the_pool_goes_on(function: object, message: str) -> None:

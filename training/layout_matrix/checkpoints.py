@@ -10,7 +10,7 @@ from typing import Any
 from training.checkpoint import TrainState, load_checkpoint, save_checkpoint, step_folder
 from training.config import PretrainConfig
 from training.layout_matrix.compare import Errors, compare
-from training.layout_matrix.report import markdown_table, text_table
+from training.layout_matrix.report import failure_lines, markdown_table, text_table
 from training.layout_matrix.runner import ONE_PROCESS
 from training.layout_matrix.table import (
     LAYOUTS,
@@ -150,7 +150,7 @@ def cross_load_summary(cells: Sequence[CrossLoad]) -> str:
     lines = [f"{len(cells) - len(wrong)} of {len(cells)} pairs go on like one process"]
     for cell in wrong:
         lines.append(f"saved in {cell.writer}, loaded in {cell.reader}: {', '.join(cell.wrong)}")
-        lines += [f"  {line}" for line in cell.failure.strip().splitlines()[-12:]]
+        lines += [f"  {line}" for line in failure_lines(cell.failure)] if cell.failure else []
     return "\n".join(lines)
 
 

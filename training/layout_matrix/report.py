@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -121,6 +122,13 @@ def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
+def failure_lines(failure: str) -> list[str]:
+    """The end of what the rank that failed first said; the others mostly lost their connection to it."""
+    first = re.split(r"\n(?=rank \d+: )", failure.strip())[0]
+    lines = first.splitlines()
+    return lines if len(lines) <= 12 else [lines[0], *lines[-11:]]
+
+
 def short_name(tensor: str, width: int) -> str:
     """A parameter's name without what all share, cut at the front to `width`."""
     name = tensor.removeprefix("layers.").removesuffix(".weight")
@@ -149,7 +157,7 @@ def _cells(outcome: Outcome, tensor_width: int | None) -> list[str]:
 def _faults(outcome: Outcome) -> list[str]:
     errors = outcome.errors
     if errors is None:
-        return outcome.failure.strip().splitlines()[-12:]
+        return failure_lines(outcome.failure)
     lines = []
     for quantity in outcome.wrong:
         if quantity == "unequal copies":
