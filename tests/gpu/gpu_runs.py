@@ -104,7 +104,8 @@ def one_step(
         total, count = forward_backward(model, batches).tolist()
     parameters = [item for chunk in chunks for item in chunk.named_parameters()]
     gradients = {name: parameter.main_grad.detach().float().cpu().clone() for name, parameter in parameters}
-    return Run(total / count, gradients, {name: _share(parameter) for name, parameter in parameters})
+    # Pipeline stages before the last count no loss.
+    return Run(total / max(count, 1), gradients, {name: _share(parameter) for name, parameter in parameters})
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
