@@ -28,6 +28,7 @@ REQUIRED = [
     "transformers>=4.50,<6",
     "tokenizers>=0.21,<0.24",
     "sentencepiece>=0.2,<0.3",
+    "httpx>=0.27,<1",  # captions from an endpoint
     "tensorboard>=2.18,<3",
     "tqdm>=4.66,<5",
 ]

@@ -19,6 +19,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "segment": ("data_prep.segment", "split at cuts, drop the first and last frames; a clip is a span of its file"),
     "tag": ("data_prep.tag", "black borders, blur, saturation, brightness, motion"),
     "filter": ("data_prep.filter", "drop clips whose tags are outside thresholds (YAML)"),
+    "caption": ("data_prep.caption", "short and dense captions from a model, an endpoint or a file; the title"),
     "encode": ("data_prep.encode", "Video-VAE moments and text states -> webdataset shards with an index"),
     "verify": ("data_prep.verify", "check every shard against its index, checksums and manifest"),
     "run": ("data_prep.run", "ingest, segment, tag and filter in one go"),

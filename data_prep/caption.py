@@ -1,0 +1,237 @@
+"""`megatron-video data caption`: short and dense captions from a model, an endpoint or a file; the original title.
+
+Three columns are filled, caption_short, caption_dense and caption_title, and one of them per clip becomes `caption`,
+which the encoders read. Every answer is kept as it comes, so a stopped run asks for nothing twice. A clip that the
+source could not answer for, although asked several times, is dropped for now: the same command asks again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import torch
+
+from data_prep.caption_config import DEFAULT_PROMPTS, KINDS, CaptionConfig, Captioner, Kind
+from data_prep.caption_endpoint import EndpointCaptioner, EndpointSettings
+from data_prep.caption_file import FileCaptioner
+from data_prep.caption_journal import Journal
+from data_prep.caption_mix import CaptionMix, captioned
+from data_prep.caption_runner import ask_missing
+from data_prep.stage import (
+    StageReport,
+    check_output,
+    fingerprint_of,
+    finished_fingerprint,
+    make_report,
+    print_report,
+    stage_parser,
+    write_finished,
+)
+from megatron_video.cli import run_command
+from megatron_video.config_io import config_to_dict, load_config
+from megatron_video.errors import UserError
+from megatron_video.manifest import read_manifest, table_from_rows, write_manifest
+from megatron_video.shard_schema import file_sha256
+
+STAGE = "caption"
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """What is to come out."""
+
+    kinds: tuple[str, ...] = KINDS
+    """Columns to fill."""
+    mix: CaptionMix | None = None
+    """Which kind becomes `caption`; None = dense, else short, else title."""
+    on_missing: Literal["drop", "keep"] = "drop"
+    """A clip without an answer: dropped, or kept with the caption that it had."""
+    max_failures: int = 20
+    """So many clips without an answer in a row stop the run: then it is the source that is at fault."""
+
+    def __post_init__(self) -> None:
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise UserError(f"--kinds {','.join(self.kinds)}: different ones of {', '.join(KINDS)} are needed")
+        strange = [kind for kind in self.chosen_mix.shares if kind not in self.kinds]
+        if strange:
+            raise UserError(f"--use {self.chosen_mix.text}: {', '.join(strange)} is not among --kinds")
+
+    @property
+    def asked(self) -> tuple[Kind, ...]:
+        """The kinds that a source is asked for."""
+        return tuple(cast(Kind, kind) for kind in self.kinds if kind != "title")
+
+    @property
+    def chosen_mix(self) -> CaptionMix:
+        """`mix` or its default."""
+        return self.mix or CaptionMix(next(kind for kind in ("dense", "short", "title") if kind in self.kinds))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line of the stage."""
+    arguments = _parser().parse_args(argv)
+    mix = CaptionMix(arguments.use) if arguments.use else None
+    settings = CaptionSettings(tuple(arguments.kinds.split(",")), mix, arguments.on_missing, arguments.max_failures)
+    config = load_config(CaptionConfig, arguments.prompts)
+    captioner = _captioner(arguments, settings, config)
+    try:
+        report = run(arguments.source, arguments.out, captioner, settings, config, arguments.workers)
+    finally:
+        if captioner is not None:
+            captioner.close()
+    print_report(report, arguments.json)
+    return 0
+
+
+def run(
+    manifest_in: Path,
+    manifest_out: Path,
+    captioner: Captioner | None,
+    settings: CaptionSettings,
+    config: CaptionConfig,
+    workers: int = 1,
+) -> StageReport:
+    """Caption every kept row.
+
+    Args:
+        captioner: the source; None where only titles are wanted.
+        workers: threads that decode frames ahead of the source.
+
+    Raises:
+        UserError: no source for kinds that need one, a prompt is missing, or the source fails for every clip.
+    """
+    started = time.monotonic()
+    check_output(manifest_in, manifest_out)
+    _check_source(captioner, settings, config)
+    table = read_manifest(manifest_in)
+    name = captioner.name if captioner else "title"
+    fingerprint = fingerprint_of(STAGE, _identity(settings, config, name), file_sha256(manifest_in))
+    if finished_fingerprint(manifest_out) == fingerprint:
+        return make_report(
+            STAGE,
+            table=read_manifest(manifest_out),
+            output=manifest_out,
+            rows_in=table.num_rows,
+            started=started,
+            up_to_date=True,
+        )
+    journal = Journal(manifest_out.with_name(f".{manifest_out.name}.answers.jsonl"), name)
+    known = len(journal.answers)
+    try:
+        if captioner is not None:
+            ask_missing(table, captioner, settings.asked, config, journal, workers, settings.max_failures)
+    finally:
+        journal.close()
+    result, counts = _filled(table, journal, settings, name)
+    owed = sum(answer.again for answer in journal.answers.values())
+    _write(result, manifest_out, fingerprint, journal, owed)
+    details: dict[str, Any] = {"answers of an earlier run": known, "to be asked again": owed, **counts}
+    details |= captioner.figures() if captioner else {}
+    return make_report(STAGE, result, manifest_out, table.num_rows, started, details=details)
+
+
+def _write(result: pa.Table, manifest_out: Path, fingerprint: str, journal: Journal, owed: int) -> None:
+    if owed:
+        # Without the fingerprint of a finished stage the same command goes on, with the answers that are there.
+        write_manifest(result, manifest_out)
+        return
+    write_finished(result, manifest_out, fingerprint)
+    journal.path.unlink()
+
+
+def _filled(table: pa.Table, journal: Journal, settings: CaptionSettings, name: str) -> tuple[pa.Table, dict[str, int]]:
+    counts: Counter[str] = Counter()
+    batches = []
+    # Some thousand rows at a time: as Python objects a manifest takes twenty times its memory.
+    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+        rows = [captioned(row, journal.answers, settings, name, counts) for row in batch.to_pylist()]
+        batches.append(table_from_rows(rows))
+    return pa.concat_tables(batches or [table_from_rows([])]), dict(sorted(counts.items()))
+
+
+def _identity(settings: CaptionSettings, config: CaptionConfig, name: str) -> dict[str, Any]:
+    return {
+        "kinds": settings.kinds,
+        "use": settings.chosen_mix.text,
+        "on_missing": settings.on_missing,
+        "source": name,
+        "prompts": config_to_dict(config),
+    }
+
+
+def _check_source(captioner: Captioner | None, settings: CaptionSettings, config: CaptionConfig) -> None:
+    if settings.asked and captioner is None:
+        raise UserError(f"--kinds {','.join(settings.kinds)} need a source: --vlm, --endpoint or --captions")
+    missing = [kind for kind in settings.asked if kind not in config.prompts]
+    if missing and captioner is not None and captioner.looks:
+        raise UserError(f"--prompts has no prompt for {', '.join(missing)}, which --kinds asks for")
+
+
+def _captioner(arguments: argparse.Namespace, settings: CaptionSettings, config: CaptionConfig) -> Captioner | None:
+    if arguments.captions is not None:
+        return FileCaptioner(arguments.captions, settings.asked)
+    if arguments.endpoint is not None:
+        if not arguments.model:
+            raise UserError("--endpoint needs --model, the name under which the endpoint serves it")
+        return EndpointCaptioner(_endpoint_settings(arguments), config)
+    if arguments.vlm is None:
+        return None
+    # Only now: loading transformers' models takes seconds that the other sources need not wait for.
+    from data_prep.caption_vlm import VlmCaptioner
+
+    return VlmCaptioner(arguments.vlm, config, arguments.device, arguments.dtype, arguments.batch_size)
+
+
+def _endpoint_settings(arguments: argparse.Namespace) -> EndpointSettings:
+    return EndpointSettings(
+        url=arguments.endpoint,
+        model=arguments.model,
+        api_key_env=arguments.api_key_env,
+        concurrency=arguments.concurrency,
+        requests_per_minute=arguments.requests_per_minute,
+        timeout=arguments.timeout,
+        retries=arguments.retries,
+        longest_wait=arguments.longest_wait,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = stage_parser(STAGE, __doc__)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="columns to fill (default short,dense,title)")
+    parser.add_argument(
+        "--use", help="which becomes `caption`: dense (default), or a mix, dense=0.6,short=0.3,title=0.1"
+    )
+    parser.add_argument("--on-missing", choices=["drop", "keep"], default="drop", help="clips that get no answer")
+    parser.add_argument("--max-failures", type=int, default=20, help="clips in a row without an answer that stop it")
+    parser.add_argument("--prompts", type=Path, default=DEFAULT_PROMPTS, help=f"YAML (default {DEFAULT_PROMPTS})")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--vlm", type=Path, metavar="FOLDER", help="vision-language model for transformers")
+    source.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")
+    source.add_argument("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .parquet with clip_id or path")
+    local = parser.add_argument_group("with --vlm")
+    local.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    local.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    local.add_argument("--batch-size", type=int, default=4, help="clips a pass")
+    remote = parser.add_argument_group("with --endpoint")
+    remote.add_argument("--model", help="name under which the endpoint serves the model")
+    remote.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable that holds the key")
+    remote.add_argument("--concurrency", type=int, default=16, help="requests under way at once")
+    remote.add_argument("--requests-per-minute", type=float, help="retries count too (default: no limit)")
+    remote.add_argument("--timeout", type=float, default=120.0, help="seconds for a whole request")
+    remote.add_argument("--retries", type=int, default=5, help="further tries of a request")
+    remote.add_argument("--longest-wait", type=float, default=60.0, help="seconds between two tries at most")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
