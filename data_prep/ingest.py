@@ -1,12 +1,14 @@
-"""`megatron-video data ingest`: a folder of videos and images with captions, or a listing of them -> manifest.
+"""`megatron-video data ingest`: videos and images with captions, in a folder, a listing or tars -> manifest.
 
 Captions come from listings named captions.* or metadata.* (.jsonl, .csv, .parquet; fields path, caption, and language
-if known) or from sidecar files NAME.txt / NAME.json. Every file is probed and hashed; one that is unreadable, cut
-short, without a caption, or a copy of another stays as a dropped row with the reason.
+and title if known) or from sidecar files NAME.txt / NAME.json, also inside tars (webdataset's form), whose media are
+taken out to a folder beside the manifest. Every file is probed and hashed; one that is unreadable, cut short, without
+a caption, or a copy of another stays as a dropped row with the reason.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
@@ -17,9 +19,11 @@ import pyarrow as pa
 
 from data_prep.listing import Entry, detect_language, find_entries
 from data_prep.stage import StageReport, fingerprint_of, print_report, run_parts, stage_parser
+from data_prep.tar_members import content_hash, entries_of_tar
+from data_prep.workers import parallel_map, progress
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
-from megatron_video.manifest import Row, clip_id, dropped, table_from_rows
+from megatron_video.manifest import Row, clip_id, dropped
 from megatron_video.video_io import probe
 
 STAGE = "ingest"
@@ -27,53 +31,79 @@ STAGE = "ingest"
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, source="FOLDER_OR_LISTING")
+    parser = stage_parser(STAGE, __doc__, source="FOLDER_OR_LISTING_OR_TAR")
+    parser.add_argument("--extract-to", type=Path, help="folder for what tars hold (default: OUT.files)")
+    parser.add_argument("--uncaptioned", action="store_true", help="keep clips without a caption; `caption` writes one")
     arguments = parser.parse_args(argv)
-    print_report(run(arguments.source, arguments.out, arguments.workers), arguments.json)
+    report = run(
+        arguments.source, arguments.out, arguments.workers, arguments.extract_to, uncaptioned=arguments.uncaptioned
+    )
+    print_report(report, arguments.json)
     return 0
 
 
-def run(source: Path, manifest_out: Path, workers: int = 1) -> StageReport:
-    """Write the first manifest of a folder or listing.
+def run(
+    source: Path,
+    manifest_out: Path,
+    workers: int = 1,
+    extract_to: Path | None = None,
+    uncaptioned: bool = False,
+) -> StageReport:
+    """Write the first manifest of a folder, a listing or a tar.
+
+    Args:
+        extract_to: folder for the media inside tars; default: the manifest's name with `.files`.
+        uncaptioned: clips without a caption are kept.
 
     Raises:
         UserError: no media there, or a listing that is damaged or names missing files.
     """
-    entries = find_entries(source)
-    # Names, captions, sizes and times stand for the contents: hashing everything just to find nothing new is slow.
-    stats = [(entry, os.stat(entry.path).st_size, os.stat(entry.path).st_mtime_ns) for entry in entries]
-    fingerprint = fingerprint_of(STAGE, {}, hashlib.sha256(repr(stats).encode()).hexdigest())
-    return run_parts(STAGE, entries, manifest_out, _ingest_file, fingerprint, workers, _drop_copies)
+    entries, tars = find_entries(source)
+    take_out = functools.partial(entries_of_tar, folder=extract_to or manifest_out.with_suffix(".files"))
+    taken_out = progress(parallel_map(take_out, tars, workers), len(tars), "tars", "tar") if tars else ()
+    entries += [entry for members in taken_out for entry in members]
+    process = functools.partial(_ingest_file, uncaptioned=uncaptioned)
+    fingerprint = fingerprint_of(STAGE, {"uncaptioned": uncaptioned}, _digest(entries))
+    return run_parts(STAGE, entries, manifest_out, process, fingerprint, workers, _drop_copies)
 
 
-def _ingest_file(entry: Entry) -> list[Row]:
+def _digest(entries: Sequence[Entry]) -> str:
+    """Names, captions, sizes and times stand for the contents: hashing everything to find nothing new is slow."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        # What was taken out of a tar has its content in its name.
+        stat = None if entry.origin else os.stat(entry.path)
+        digest.update(repr((entry, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+    return digest.hexdigest()
+
+
+def _ingest_file(entry: Entry, uncaptioned: bool) -> list[Row]:
     caption = (entry.caption or "").strip()
-    row: Row = {"source": entry.path, "caption": caption or None}
+    row: Row = {"source": entry.path, "caption": caption or None, "title": entry.title, "origin": entry.origin}
     row["language"] = entry.language or detect_language(caption)
+    if entry.fault:
+        return [dropped(row, STAGE, entry.fault)]
     try:
-        row["content_hash"] = _content_hash(entry.path)
-        row |= _describe(entry.path, row["content_hash"])
+        row["content_hash"] = Path(entry.path).stem if entry.origin else content_hash(entry.path)
+        row |= _describe(entry.path, row["content_hash"], entry.title)
     except UserError as error:
         return [dropped(row, STAGE, f"unreadable: {error}")]
     except OSError as error:
         return [dropped(row, STAGE, f"unreadable: {entry.path}: {error.strerror}")]
     # Last, so that a file with two faults is reported for the graver one.
-    if not caption:
+    if not caption and not uncaptioned:
         return [dropped(row, STAGE, "no caption: neither a listing nor a sidecar .txt or .json has one")]
     return [row]
 
 
-def _describe(path: str, content_hash: str) -> Row:
+def _describe(path: str, file_hash: str, title: str | None) -> Row:
     info = probe(path)
+    # These columns have the probe's own names.
+    same = ("is_image", "codec", "pixel_format", "rotation", "width", "height", "fps", "variable_fps", "duration")
     return {
-        "clip_id": clip_id(content_hash, 0, info.num_frames),
-        "is_image": info.is_image,
-        "codec": info.codec,
-        "pixel_format": info.pixel_format,
-        "rotation": info.rotation,
-        "width": info.width,
-        "height": info.height,
-        "fps": info.fps,
+        **{name: getattr(info, name) for name in (*same, "audio", "hdr", "color_transfer")},
+        "clip_id": clip_id(file_hash, 0, info.num_frames),
+        "title": title or info.title,
         "start_frame": 0,
         "end_frame": info.num_frames,
         "start_time": 0.0,
@@ -81,23 +111,22 @@ def _describe(path: str, content_hash: str) -> Row:
     }
 
 
-def _content_hash(path: str) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _drop_copies(table: pa.Table) -> pa.Table:
     """Keep the first file of each content: a key is made of the content, and may occur once."""
-    first: dict[str, str] = {}
-    rows = []
-    for row in table.to_pylist():
-        # Rows come sorted by path, so the same file is kept in every run.
-        original = row["source"] if row["dropped_by"] else first.setdefault(row["content_hash"], row["source"])
-        rows.append(row if original == row["source"] else dropped(row, STAGE, f"copy: same bytes as {original}"))
-    return table_from_rows(rows)
+    # Column by column: rows as Python objects would need ten times the memory.
+    hashes, origins, sources, by, reasons = (
+        table[name].to_pylist() for name in ("content_hash", "origin", "source", "dropped_by", "drop_reason")
+    )
+    first: dict[str, int] = {}
+    for number, file_hash in enumerate(hashes):
+        # Entries come in one order, so the same file is kept in every run.
+        original = number if by[number] else first.setdefault(file_hash, number)
+        if original != number:
+            by[number] = STAGE
+            reasons[number] = f"copy: same bytes as {origins[original] or sources[original]}"
+    for name, values in (("dropped_by", by), ("drop_reason", reasons)):
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+    return table
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "path": ("path", "video", "image", "file", "file_name", "filename"),
     "caption": ("caption", "text", "prompt"),
     "language": ("language", "lang"),
+    "title": ("title",),
 }
 LISTING_STEMS = ("captions", "metadata")
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+SIDECAR_SUFFIXES = (".json", ".txt")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _NAMES_SHOWN = 5
 # Letters by which the two languages of the text encoders are told apart (CJK ideographs with extension A).
 _CHINESE_RANGES = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x323AF))
@@ -42,10 +45,15 @@ class Entry:
     """Absolute."""
     caption: str | None
     language: str | None
+    title: str | None = None
+    origin: str | None = None
+    """TAR::MEMBER for a file that was taken out of a tar; `path` then has its content hash as stem."""
+    fault: str | None = None
+    """Why this file cannot be taken, if that is known already."""
 
 
-def find_entries(source: Path) -> list[Entry]:
-    """All media of a folder or a listing, sorted by path.
+def find_entries(source: Path) -> tuple[list[Entry], list[Path]]:
+    """All media of a folder or a listing, sorted by path; and the tars that may hold more, sorted too.
 
     Raises:
         UserError: nothing there, no media in the folder, or a listing that is damaged or names missing files.
@@ -53,8 +61,15 @@ def find_entries(source: Path) -> list[Entry]:
     if source.is_dir():
         return _entries_of_folder(source)
     if not source.is_file():
-        raise UserError(f"--in {source}: no such folder or listing")
-    return _sorted_once(_entries_of_listing(source))
+        raise UserError(f"--in {source}: no such folder, listing or tar")
+    if is_tar(source.name):
+        return [], [source.absolute()]
+    return _sorted_once(_entries_of_listing(source)), []
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file of this name is taken for a tar of videos."""
+    return name.lower().endswith(TAR_SUFFIXES)
 
 
 def detect_language(text: str) -> str:
@@ -64,17 +79,19 @@ def detect_language(text: str) -> str:
     return "en" if any(character.isascii() and character.isalpha() for character in text) else "und"
 
 
-def _entries_of_folder(folder: Path) -> list[Entry]:
+def _entries_of_folder(folder: Path) -> tuple[list[Entry], list[Path]]:
     # os.walk does not follow links to folders, and hidden files are not data.
-    files = [Path(root) / name for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-    listed = [entry for path in sorted(files) if _is_listing(path) for entry in _entries_of_listing(path)]
+    files = [os.path.join(root, n) for root, _, names in os.walk(folder) for n in names if not n.startswith(".")]
+    listings = sorted(path for path in map(Path, files) if _is_listing(path))
+    listed = [entry for path in listings for entry in _entries_of_listing(path)]
     known = {entry.path for entry in listed}
     # A listing wins over a sidecar: it was written on purpose for these files.
-    media = [path.absolute() for path in files if path.suffix.lower() in MEDIA_SUFFIXES]
-    entries = listed + [_entry_of_sidecar(path) for path in media if str(path) not in known]
-    if not entries:
-        raise UserError(f"--in {folder}: no videos or images in this folder ({', '.join(MEDIA_SUFFIXES)})")
-    return _sorted_once(entries)
+    media = (os.path.abspath(file) for file in files if file.lower().endswith(MEDIA_SUFFIXES))
+    entries = listed + [_entry_of_sidecar(Path(path)) for path in media if path not in known]
+    tars = sorted(Path(file).absolute() for file in files if is_tar(file))
+    if not entries and not tars:
+        raise UserError(f"--in {folder}: no videos, images or tars in this folder ({', '.join(MEDIA_SUFFIXES)})")
+    return _sorted_once(entries), tars
 
 
 def _is_listing(path: Path) -> bool:
@@ -103,21 +120,38 @@ def _entry_of_record(listing: Path, number: int, record: Any) -> Entry:
     path, caption = _field(record, "path"), _field(record, "caption")
     if not path:
         raise UserError(f"{listing}: entry {number} has no path; one of the fields {FIELD_NAMES['path']} must name it")
-    return Entry(os.path.abspath(listing.parent / path), caption, _field(record, "language"))
+    place = os.path.abspath(listing.parent / path)
+    return Entry(place, caption, _field(record, "language"), _field(record, "title"))
 
 
 def _entry_of_sidecar(path: Path) -> Entry:
-    text, data = path.with_suffix(".txt"), path.with_suffix(".json")
-    try:
-        if text.is_file():
-            return Entry(str(path), text.read_text(encoding="utf-8"), None)
-        if data.is_file():
-            record = json.loads(data.read_text(encoding="utf-8"))
-            if isinstance(record, dict):
-                return Entry(str(path), _field(record, "caption"), _field(record, "language"))
-    except ValueError as error:
-        raise UserError(f"sidecar of {path} cannot be read: {error}") from None
-    return Entry(str(path), None, None)
+    beside = (path.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES)
+    return described(Entry(str(path), None, None), {file.name: file.read_bytes() for file in beside if file.is_file()})
+
+
+def described(entry: Entry, sidecars: Mapping[str, bytes]) -> Entry:
+    """The entry with what its sidecars, by name, say of it: .json, then .txt, whose text is the caption.
+
+    One that cannot be read becomes the entry's fault; a .json beside a .txt may be about anything.
+    """
+    told = entry
+    for name, content in sorted(sidecars.items()):
+        try:
+            text = content.decode("utf-8-sig")
+            if name.lower().endswith(".txt"):
+                told = replace(told, caption=text, fault=None)
+            else:
+                told = _told_by_json(told, json.loads(text))
+        except ValueError as error:
+            told = replace(told, fault=f"sidecar: {name} cannot be read: {error}")
+    return told
+
+
+def _told_by_json(entry: Entry, record: Any) -> Entry:
+    if not isinstance(record, dict):
+        raise ValueError("not an object with fields")
+    caption, language, title = (_field(record, name) for name in ("caption", "language", "title"))
+    return replace(entry, caption=caption, language=language, title=title)
 
 
 def _field(record: dict[str, Any], name: str) -> str | None:

@@ -31,7 +31,7 @@ from megatron_video.shard_schema import file_sha256
 Item = TypeVar("Item")
 
 # Raised when what a stage computes changes, so that parts of an older program are not mixed in.
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 # Small enough that a kill costs seconds, large enough that files are few.
 PART_ROWS = 256
 _FINGERPRINT_KEY = "megatron_video.stage_fingerprint"
