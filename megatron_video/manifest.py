@@ -8,7 +8,7 @@ Columns that came after version 1 may be missing in a file; they are read as nul
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,36 @@ VERSION_2_COLUMNS: _Columns = (
     ("audio", pa.bool_(), "ingest", "there is a sound track"),
     ("color_transfer", pa.string(), "ingest", "transfer characteristics, libav's name, such as bt709 or smpte2084"),
     ("hdr", pa.bool_(), "ingest", "transfer characteristics are PQ (smpte2084) or HLG (arib-std-b67)"),
-    ("flicker", pa.float32(), "tag", "change of brightness between neighbouring frames"),
-    ("static_share", pa.float32(), "tag", "share of the picture that never changes, 0 to 1"),
-    ("text_area", pa.float32(), "tag", "share of the picture under overlaid text, without a model, 0 to 1"),
-    ("phash", pa.string(), "tag", "perceptual hash, hex"),
+    ("short_side", pa.int32(), "tag", "min(crop_width, crop_height), pixels: the resolution that is left"),
+    (
+        "flicker",
+        pa.float32(),
+        "tag",
+        "mean over the sampled frames n of |Y(n+1) - Y(n)|, Y = mean grey value of the frame, 0 to 255; null for images",
+    ),
+    (
+        "static_share",
+        pa.float32(),
+        "tag",
+        "share of pixels whose grey value, at 256 pixels long side, keeps within 8 of 255 over the sampled frames "
+        "(largest - smallest <= 8), 0 to 1; null for images",
+    ),
+    (
+        "text_area",
+        pa.float32(),
+        "tag",
+        "share of the picture in rows of letter-like edges that stay in place in half of the sampled frames, 0 to 1; "
+        "no model: also finds other rows of small strokes",
+    ),
+    ("phash", pa.string(), "tag", "64-bit DCT hash (ImageHash) of the middle sampled frame inside its borders, hex"),
     ("aesthetic", pa.float32(), "tag", "CLIP + MLP head, mean of 8 frames"),
-    ("nsfw", pa.float32(), "tag", "CLIP + head, 0 to 1"),
-    ("watermark", pa.float32(), "tag", "probability, 0 to 1"),
-    ("ocr_area", pa.float32(), "tag", "share of the picture under text that OCR finds, 0 to 1"),
-    ("text_video_score", pa.float32(), "tag", "mean CLIP cosine of caption and 8 frames"),
+    ("nsfw", pa.float32(), "tag", "CLIP + head, largest of 8 frames; 0 to 1 (ViT-H/14 head: about)"),
+    ("watermark", pa.float32(), "tag", "probability, mean of 8 frames, 0 to 1"),
+    ("ocr_area", pa.float32(), "tag", "share of the picture under text that OCR reads, mean of 8 frames, 0 to 1"),
+    ("text_video_score", pa.float32(), "tag", "cosine of caption and frame in CLIP's space, mean of 8 frames"),
+    ("tag_models", pa.string(), "tag", "JSON: model tag -> hash of the model files that scored it"),
+    ("subset", pa.string(), "filter", "strictest subset that the clip is in, and so in all wider ones; null = none"),
+    ("subset_reason", pa.string(), "filter", "why it is not in the next stricter subset"),
     ("caption_short", pa.string(), "caption", "one sentence"),
     ("caption_dense", pa.string(), "caption", "subject, events, scene, style, camera"),
     ("caption_title", pa.string(), "caption", "the original title, cleaned"),
@@ -111,24 +132,30 @@ def read_manifest(path: str | Path) -> pa.Table:
     Raises:
         UserError: no such file, not Parquet, no manifest, of a newer version, or with wrong columns.
     """
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such manifest; `megatron-video data ingest` writes the first one") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not readable as Parquet: {error}") from None
-    _check_version(path, table.schema)
-    _check_columns(path, table.schema)
-    return complete_columns(table)
+    read_schema(path)
+    return complete_columns(_parquet(path, pq.read_table))
 
 
-def complete_columns(table: pa.Table) -> pa.Table:
-    """The table with all columns of today, in their order and types; ones that came after its version are null."""
-    for field in SCHEMA:
-        if field.name not in table.schema.names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+def read_schema(path: str | Path) -> pa.Schema:
+    """Columns and metadata of a manifest, as they stand in the file, after the checks of `read_manifest`.
+
+    Raises:
+        UserError: as `read_manifest`.
+    """
+    schema: pa.Schema = _parquet(path, pq.read_schema)
+    _check_version(path, schema)
+    _check_columns(path, schema)
+    return schema
+
+
+def complete_columns(table: pa.Table, names: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """The table with the named columns of today, in their types; ones that came after its version are null."""
+    for name in names:
+        if name not in table.schema.names:
+            table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))
     # The cast turns columns of nulls, which Arrow infers where nothing is filled yet, into the schema's types.
-    return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
+    schema = pa.schema([SCHEMA.field(name) for name in names], metadata=table.schema.metadata)
+    return table.select(list(names)).cast(schema)
 
 
 def write_manifest(table: pa.Table, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -179,6 +206,15 @@ def kept_rows(table: pa.Table) -> list[Row]:
 def clip_id(content_hash: str, start_frame: int, end_frame: int) -> str:
     """Identity of a clip: what is in the file, and which frames. No dots: webdataset splits names at the first."""
     return f"{content_hash}-{start_frame:06d}-{end_frame:06d}"
+
+
+def _parquet(path: str | Path, read: Callable[[str | Path], Any]) -> Any:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such manifest; `megatron-video data ingest` writes the first one") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not readable as Parquet: {error}") from None
 
 
 def _check_version(path: str | Path, schema: pa.Schema) -> None:
