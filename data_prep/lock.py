@@ -33,7 +33,7 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
-class Locked(UserError):
+class LockedError(UserError):
     """Another run is writing there."""
 
 
@@ -42,7 +42,7 @@ def run_lock(path: Path, output: str | Path) -> Iterator[None]:
     """Hold the lock file `path` while a run writes `output`; the file goes when it ends.
 
     Raises:
-        Locked: another run holds it; names the holder and the way out.
+        LockedError: another run holds it; names the holder and the way out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _acquire(path, output)
@@ -75,7 +75,7 @@ def _acquire(path: Path, output: str | Path) -> int:
         holder = _read(lock)
         if not locked or _elsewhere(holder):
             os.close(lock)
-            raise Locked(_refusal(path, output, holder or _unknown()))
+            raise LockedError(_refusal(path, output, holder or _unknown()))
         # The previous holder may have removed the file between our opening it and locking it.
         if _is_current(lock, path):
             break
@@ -98,7 +98,7 @@ def _self() -> Holder:
 
 
 def _unknown() -> Holder:
-    # Locked, but not yet written: the holder is just starting.
+    # LockedError, but not yet written: the holder is just starting.
     return Holder(0, socket.gethostname(), "a moment ago")
 
 
@@ -112,9 +112,7 @@ def _try_flock(lock: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise UserError(
-            f"the file system of the output has no file locks ({error.strerror}); mount it with flock"
-        ) from None
+        raise UserError(f"the output's file system has no file locks: {error.strerror}; mount it with flock") from None
     return True
 
 

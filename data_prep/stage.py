@@ -11,21 +11,21 @@ import argparse
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data_prep.workers import default_workers, parallel_map, progress
+from data_prep.lock import LockedError
+from data_prep.parts import Parts, Selection, TableRows, clear_leftovers, output_lock
+from data_prep.workers import Execution, Shard, as_execution, default_workers, parallel_map, progress
 from megatron_video.errors import UserError
-from megatron_video.manifest import Row, dropped, read_manifest, table_from_rows, write_manifest
+from megatron_video.manifest import Row, dropped, read_manifest, read_schema, write_manifest
 from megatron_video.shard_schema import file_sha256
 
 Item = TypeVar("Item")
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 STAGE_VERSION = 2
 # Small enough that a kill costs seconds, large enough that files are few.
 PART_ROWS = 256
-_FINGERPRINT_KEY = "megatron_video.stage_fingerprint"
+FINGERPRINT_KEY = "megatron_video.stage_fingerprint"
 _EXAMPLES_SHOWN = 5
 
 
@@ -63,14 +63,14 @@ def run_rows(
     manifest_out: Path,
     process: Callable[[Row], list[Row]],
     settings: Mapping[str, Any],
-    workers: int,
+    workers: int | Execution,
 ) -> StageReport:
     """Map every kept row of a manifest to one or more rows; `process` must be picklable.
 
     A `UserError` that `process` raises drops that row with its message and does not stop the run.
     """
     check_output(manifest_in, manifest_out)
-    rows = read_manifest(manifest_in).to_pylist()
+    rows = TableRows(read_manifest(manifest_in))
     fingerprint = fingerprint_of(stage, settings, file_sha256(manifest_in))
     return run_parts(stage, rows, manifest_out, functools.partial(_guarded, stage, process), fingerprint, workers)
 
@@ -81,35 +81,79 @@ def run_parts(
     manifest_out: Path,
     process: Callable[[Item], list[Row]],
     fingerprint: str,
-    workers: int,
+    workers: int | Execution,
     finish: Callable[[pa.Table], pa.Table] | None = None,
 ) -> StageReport:
-    """Make `manifest_out` from `process(item)` over all items, in parts; `finish` changes the joined table."""
+    """Make `manifest_out` from `process(item)` over all items, in parts; `finish` changes the joined table.
+
+    Raises:
+        UserError: another run is writing there, or the disk is full.
+    """
     started = time.monotonic()
-    if finished_fingerprint(manifest_out) == fingerprint:
-        return make_report(stage, read_manifest(manifest_out), manifest_out, len(items), started, up_to_date=True)
-    folder = _parts_folder(manifest_out, fingerprint)
-    chunks = [items[start : start + PART_ROWS] for start in range(0, len(items), PART_ROWS)]
-    missing = [number for number in range(len(chunks)) if not _part(folder, number).is_file()]
+    execution = as_execution(workers)
+    with output_lock(manifest_out, execution.shard):
+        if finished_fingerprint(manifest_out) == fingerprint:
+            return make_report(stage, read_manifest(manifest_out), manifest_out, len(items), started, up_to_date=True)
+        parts = Parts(manifest_out, fingerprint, len(items), PART_ROWS, execution.shard)
+        if execution.shard is None:
+            clear_leftovers(manifest_out, keep=parts.folder)
+        _make_missing(stage, items, parts, process, execution)
+        if execution.shard is None:
+            table = _join(parts, manifest_out, fingerprint, finish)
+            return make_report(stage, table, manifest_out, len(items), started)
+        mine = make_report(stage, parts.read(execution.shard), manifest_out, len(items), started)
+    return _join_if_last(mine, parts, manifest_out, fingerprint, finish)
+
+
+def _make_missing(
+    stage: str, items: Sequence[Item], parts: Parts, process: Callable[[Item], list[Row]], execution: Execution
+) -> None:
+    missing = parts.missing(execution.shard)
     # One stream of work over all missing parts keeps the processes busy across their borders.
-    todo = [item for number in missing for item in chunks[number]]
-    results: Iterator[list[Row]] = progress(parallel_map(process, todo, workers), len(todo), stage)
+    todo = Selection(items, [parts.items_of(number) for number in missing])
+    results: Iterator[list[Row]] = progress(parallel_map(process, todo, execution), len(todo), stage)
     for number in missing:
-        rows = [row for produced in islice(results, len(chunks[number])) for row in produced]
-        write_manifest(table_from_rows(rows), _part(folder, number))
+        produced = islice(results, len(parts.items_of(number)))
+        parts.write(number, [row for rows in produced for row in rows])
     # One more step lets the progress line end.
     next(results, None)
-    table = pa.concat_tables([read_manifest(_part(folder, n)) for n in range(len(chunks))] or [table_from_rows([])])
-    table = finish(table) if finish else table
+
+
+def _join(
+    parts: Parts, manifest_out: Path, fingerprint: str, finish: Callable[[pa.Table], pa.Table] | None
+) -> pa.Table:
+    table = parts.read()
+    table = finish(table).combine_chunks() if finish else table
+    write_finished(table, manifest_out, fingerprint)
     # Only now that the result is there may the parts go.
-    write_manifest(table, manifest_out, {_FINGERPRINT_KEY: fingerprint})
-    shutil.rmtree(folder)
-    return make_report(stage, table, manifest_out, len(items), started)
+    clear_leftovers(manifest_out)
+    return table
+
+
+def _join_if_last(
+    mine: StageReport,
+    parts: Parts,
+    manifest_out: Path,
+    fingerprint: str,
+    finish: Callable[[pa.Table], pa.Table] | None,
+) -> StageReport:
+    """Of an array's tasks, the one that finds all parts there writes the manifest."""
+    try:
+        with output_lock(manifest_out):
+            joined = finished_fingerprint(manifest_out) == fingerprint
+            missing = [] if joined else parts.missing()
+            if not joined and not missing:
+                _join(parts, manifest_out, fingerprint, finish)
+                joined = True
+    except LockedError:
+        # Others are at work; the last of them joins.
+        joined, missing = False, parts.missing()
+    return replace(mine, details={**mine.details, "joined": joined, "parts missing": f"{len(missing)} of {len(parts)}"})
 
 
 def write_finished(table: pa.Table, manifest_out: Path, fingerprint: str) -> None:
     """Write a stage's result with the fingerprint by which a second run knows it."""
-    write_manifest(table, manifest_out, {_FINGERPRINT_KEY: fingerprint})
+    write_manifest(table, manifest_out, {FINGERPRINT_KEY: fingerprint})
 
 
 def check_output(manifest_in: Path, manifest_out: Path) -> None:
@@ -137,11 +181,10 @@ def finished_fingerprint(manifest: Path) -> str | None:
     if not manifest.exists():
         return None
     try:
-        read_manifest(manifest)
+        metadata = read_schema(manifest).metadata or {}
     except UserError as error:
         raise UserError(f"--out {manifest} would overwrite a file that is not a manifest: {error}") from None
-    metadata = pq.read_schema(manifest).metadata or {}
-    fingerprint: bytes | None = metadata.get(_FINGERPRINT_KEY.encode())
+    fingerprint: bytes | None = metadata.get(FINGERPRINT_KEY.encode())
     return fingerprint.decode() if fingerprint else None
 
 
@@ -190,16 +233,37 @@ def print_report(report: StageReport, as_json: bool) -> None:
 
 
 def stage_parser(
-    stage: str, description: str | None, source: str = "MANIFEST", output: str = "MANIFEST", workers: bool = True
+    stage: str,
+    description: str | None,
+    source: str = "MANIFEST",
+    output: str = "MANIFEST",
+    workers: bool = True,
+    spread: bool = False,
 ) -> argparse.ArgumentParser:
-    """The arguments that all stages have: --in, --out, --json, and --workers where rows are mapped."""
+    """The arguments that all stages have: --in, --out, --json, and --workers where rows are mapped.
+
+    With `spread` come --engine and --shard, which `execution_of` reads, for stages that work through `run_parts`.
+    """
     parser = argparse.ArgumentParser(prog=f"megatron-video data {stage}", description=description)
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar=source, help="what to read")
     parser.add_argument("--out", type=Path, required=True, metavar=output, help="what to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     if workers:
         parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: all CPUs)")
+    if spread:
+        parser.add_argument("--engine", choices=["local", "ray"], default="local", help="local processes or Ray Data")
+        parser.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; the last one joins them")
     return parser
+
+
+def execution_of(arguments: argparse.Namespace) -> Execution:
+    """How the work is spread, from the options of a `spread` stage.
+
+    Raises:
+        UserError: --shard is not I/N.
+    """
+    shard = Shard.parse(arguments.shard) if arguments.shard else None
+    return Execution(arguments.workers, arguments.engine, shard)
 
 
 def _guarded(stage: str, process: Callable[[Row], list[Row]], row: Row) -> list[Row]:
@@ -210,21 +274,6 @@ def _guarded(stage: str, process: Callable[[Row], list[Row]], row: Row) -> list[
         return process(row)
     except UserError as error:
         return [dropped(row, stage, f"unreadable: {error}")]
-
-
-def _parts_folder(manifest_out: Path, fingerprint: str) -> Path:
-    """Folder of the finished parts; parts of other settings are thrown away."""
-    folder = manifest_out.with_name(f".{manifest_out.name}.parts")
-    mark = folder / "fingerprint"
-    if folder.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(fingerprint)
-    return folder
-
-
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.parquet"
 
 
 def _example(row: Row) -> str:
