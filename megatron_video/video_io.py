@@ -42,6 +42,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Up to here decoding from the start is cheaper than reading the packet table and seeking.
 _SEEK_FROM_FRAME = 64
+# Of variable frame rates; the customary unit, in which 24, 25, 30 and 60 frames per second are exact.
+_TICKS_PER_SECOND = 90_000
 _SCALER_FLAGS = "bicubic+accurate_rnd+full_chroma_int+bitexact"
 # degrees counter-clockwise in the display matrix -> libav filters that turn the picture upright
 _ROTATION_FILTERS: dict[int, tuple[tuple[str, str], ...]] = {
@@ -126,31 +128,57 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18, p
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise VideoError(f"{path}: H.264 needs even sizes, not height {height} x width {width}")
+    write_mp4_stream(path, iter(frames), fps, crf, preset)
+
+
+def write_mp4_stream(
+    path: str | Path,
+    frames: Iterator[np.ndarray],
+    fps: float,
+    crf: int = 18,
+    preset: str = "medium",
+    times: Sequence[float] | np.ndarray | None = None,
+) -> None:
+    """As `write_mp4`, for frames that come one at a time, uint8 [H, W, 3] each; memory does not grow with their number.
+
+    Args:
+        times: seconds at which each frame is shown, where they are not 1 / fps apart.
+    """
     # In the same folder, so that the rename is atomic; the process id keeps two writers apart.
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    rate = Fraction(fps).limit_denominator(100_000)
+    ticks = None if times is None else [round((time - times[0]) * _TICKS_PER_SECOND) for time in times]
     try:
-        _encode_h264(temporary, frames, fps, {"crf": str(crf), "preset": preset})
+        _encode_h264(temporary, frames, rate, {"crf": str(crf), "preset": preset}, ticks)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _encode_h264(path: Path, frames: np.ndarray, fps: float, options: dict[str, str]) -> None:
+def _encode_h264(
+    path: Path, frames: Iterator[np.ndarray], rate: Fraction, options: dict[str, str], ticks: Sequence[int] | None
+) -> None:
     # One thread and bitexact: the bytes must not depend on the machine. Faststart: the header survives a cut tail.
     # mbtree off: with SIMD it reads memory that x264 did not set, and the bytes differ from process to process.
     flags = {"movflags": "+faststart", "fflags": "+bitexact"}
     parameters = "mbtree=0:colorprim=bt709:transfer=bt709:colormatrix=bt709"
+    first = next(frames)
     with av.open(str(path), "w", format="mp4", options=flags) as container:
         stream = container.add_stream(
             "libx264",
-            rate=Fraction(fps).limit_denominator(100_000),
+            rate=rate,
             options={**options, "threads": "1", "flags": "+bitexact", "x264-params": parameters},
         )
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"
-        for picture in frames:
+        if ticks is not None:
+            stream.codec_context.time_base = Fraction(1, _TICKS_PER_SECOND)
+        for number, picture in enumerate(itertools.chain([first], frames)):
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            if ticks is not None:
+                frame.pts, frame.time_base = ticks[number], Fraction(1, _TICKS_PER_SECOND)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
