@@ -128,7 +128,8 @@ def frame_seconds(table: FrameTable, rate: Fraction) -> np.ndarray:
     if not table.timed:
         return np.arange(table.num_frames + 1) / float(rate)
     starts = (table.times - table.times[0]) * float(table.time_base)
-    return np.append(starts, starts[-1] + 1 / float(rate))
+    # Nanoseconds: 60 frames at 24 per second last 2.5 s, not 2.4999999999999996.
+    return np.round(np.append(starts, starts[-1] + 1 / float(rate)), 9)
 
 
 def _has_index(container: InputContainer, stream: VideoStream) -> bool:

@@ -24,6 +24,8 @@ from megatron_video.video_file import (
 
 # Demuxers round times to their units; cameras deviate by less than this from a constant rate.
 _STEADY_SECONDS = 0.002
+# A stream may end this much before the time in its header and be whole.
+_SLACK_SECONDS = 0.1
 _HDR_TRANSFERS = ("smpte2084", "arib-std-b67")
 
 
@@ -72,6 +74,9 @@ def probe(path: str | Path) -> VideoInfo:
         table = frame_table(path)
         if promised > table.num_packets:
             raise VideoError(f"{path}: cut short: the header promises {promised} frames, {table.num_packets} are there")
+        told, there = _promised_seconds(stream), _last_second(table)
+        if told - there > _SLACK_SECONDS + 2 * _longest_gap(table):
+            raise VideoError(f"{path}: cut short: the header promises {told:.2f} s, {there:.2f} s are there")
         return _probe_video(path, container, stream, table)
 
 
@@ -129,6 +134,24 @@ def _probe_video(path: str | Path, container: InputContainer, stream: VideoStrea
         title=container.metadata.get("title"),
         is_image=False,
     )
+
+
+def _promised_seconds(stream: VideoStream) -> float:
+    """Until when the stream lasts, by the tag that Matroska and WebM have in place of a frame count; 0 without it."""
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
+    try:
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+def _last_second(table: FrameTable) -> float:
+    return int(table.times[-1]) * float(table.time_base) if table.timed else float("inf")
+
+
+def _longest_gap(table: FrameTable) -> float:
+    return int(np.diff(table.times).max()) * float(table.time_base) if table.num_frames > 1 else 0.0
 
 
 def _transfer_name(value: int) -> str | None:
