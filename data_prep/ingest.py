@@ -18,9 +18,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_prep.listing import Entry, detect_language, find_entries
-from data_prep.stage import StageReport, fingerprint_of, print_report, run_parts, stage_parser
+from data_prep.stage import StageReport, execution_of, fingerprint_of, print_report, run_parts, stage_parser
 from data_prep.tar_members import content_hash, entries_of_tar
-from data_prep.workers import parallel_map, progress
+from data_prep.workers import Execution, parallel_map, progress
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, clip_id, dropped
@@ -31,12 +31,16 @@ STAGE = "ingest"
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, source="FOLDER_OR_LISTING_OR_TAR")
+    parser = stage_parser(STAGE, __doc__, source="FOLDER_OR_LISTING_OR_TAR", spread=True)
     parser.add_argument("--extract-to", type=Path, help="folder for what tars hold (default: OUT.files)")
     parser.add_argument("--uncaptioned", action="store_true", help="keep clips without a caption; `caption` writes one")
     arguments = parser.parse_args(argv)
     report = run(
-        arguments.source, arguments.out, arguments.workers, arguments.extract_to, uncaptioned=arguments.uncaptioned
+        arguments.source,
+        arguments.out,
+        execution_of(arguments),
+        arguments.extract_to,
+        uncaptioned=arguments.uncaptioned,
     )
     print_report(report, arguments.json)
     return 0
@@ -45,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 def run(
     source: Path,
     manifest_out: Path,
-    workers: int = 1,
+    workers: int | Execution = 1,
     extract_to: Path | None = None,
     uncaptioned: bool = False,
 ) -> StageReport:

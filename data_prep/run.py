@@ -1,6 +1,8 @@
-"""`megatron-video data run`: ingest, segment, tag and filter in one go, each into its own manifest under --work.
+"""`megatron-video data run`: a whole pipeline, each stage into its own file under --work.
 
-The last one, WORK/filtered.parquet, is what encode reads. A stopped run goes on where it was.
+With --recipe the stages and their options come from a YAML file (data_prep/recipe_demo.yaml explains itself), and
+WORK/report.md tells what each did. Without one: ingest, segment, tag and filter; the last manifest,
+WORK/filtered.parquet, is what encode reads. A stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,24 +16,28 @@ from pathlib import Path
 
 from data_prep import filter as filter_stage
 from data_prep import ingest, segment, tag
+from data_prep.recipe import Run, exit_code, run_recipe
+from data_prep.run_report import REPORT_MARKDOWN, StageRun, stage_table
 from data_prep.stage import StageReport
 from data_prep.workers import default_workers
 from megatron_video.cli import run_command
+from megatron_video.errors import UserError
 
 RESULT = "filtered.parquet"
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the whole chain."""
-    parser = argparse.ArgumentParser(prog="megatron-video data run", description=__doc__)
-    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="FOLDER_OR_LISTING")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the manifests")
-    parser.add_argument("--min-frames", type=int, default=segment.MIN_FRAMES, help="shorter clips are dropped")
-    parser.add_argument("--rules", type=Path, default=filter_stage.DEFAULT_RULES, help="YAML of filter thresholds")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: all CPUs)")
-    parser.add_argument("--json", action="store_true", help="print the reports as one JSON list")
-    arguments = parser.parse_args(argv)
-    reports = run(arguments.source, arguments.work, arguments.min_frames, arguments.rules, arguments.workers)
+    arguments = _parser().parse_args(argv)
+    if arguments.recipe:
+        return _recipe(arguments)
+    missing = [name for name, value in (("--in", arguments.source), ("--work", arguments.work)) if value is None]
+    if missing:
+        raise UserError(f"data run without --recipe needs {' and '.join(missing)}")
+    if arguments.only or arguments.shard:
+        raise UserError("--only and --shard need --recipe")
+    workers = arguments.workers or default_workers()
+    reports = run(arguments.source, arguments.work, arguments.min_frames, arguments.rules, workers)
     if arguments.json:
         print(json.dumps([asdict(report) for report in reports], ensure_ascii=False))
     else:
@@ -64,6 +70,42 @@ def _print_table(reports: Sequence[StageReport]) -> None:
         figures = f"{report.rows_in:>8}{report.kept:>8}{report.dropped_here:>9}{report.seconds:>9.1f}"
         print(f"{report.stage:<10}{figures}  {why}")
     print(f"-> {reports[-1].output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-video data run", description=__doc__)
+    parser.add_argument("--in", dest="source", type=Path, metavar="FOLDER_OR_LISTING", help="before the recipe's own")
+    parser.add_argument("--work", type=Path, help="folder for what the stages make")
+    parser.add_argument("--workers", type=int, help="processes (default: all CPUs)")
+    parser.add_argument("--json", action="store_true", help="print the reports as one JSON list")
+    recipe = parser.add_argument_group("with --recipe")
+    recipe.add_argument("--recipe", type=Path, metavar="YAML", help="stages and their options")
+    recipe.add_argument("--engine", choices=["local", "ray"], help="of the stages that map rows")
+    recipe.add_argument("--only", metavar="STAGE", help="run this stage of the recipe alone")
+    recipe.add_argument("--shard", metavar="I/N", help="with --only: do part I (from 0) of N")
+    plain = parser.add_argument_group("without")
+    plain.add_argument("--min-frames", type=int, default=segment.MIN_FRAMES, help="shorter clips are dropped")
+    plain.add_argument("--rules", type=Path, default=filter_stage.DEFAULT_RULES, help="YAML of filter thresholds")
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace) -> int:
+    if arguments.shard and not arguments.only:
+        raise UserError("--shard needs --only STAGE: every stage waits for all shards of the one before")
+    common = {name: getattr(arguments, name) for name in ("workers", "engine", "shard")}
+    common = {name: value for name, value in common.items() if value is not None}
+    runs = run_recipe(arguments.recipe, Run(arguments.source, arguments.work, common, arguments.only))
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in runs], ensure_ascii=False))
+    else:
+        _print_runs(runs, arguments.only)
+    return exit_code(runs)
+
+
+def _print_runs(runs: Sequence[StageRun], only: str | None) -> None:
+    print("\n".join(stage_table(runs)))
+    if not only:
+        print(f"-> {runs[-1].output}; report: {Path(runs[0].output).parent / REPORT_MARKDOWN}")
 
 
 if __name__ == "__main__":

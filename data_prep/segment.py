@@ -18,7 +18,8 @@ import numpy as np
 
 from data_prep.reencode import reencoded
 from data_prep.scenes import Scene, find_scenes, split_evenly
-from data_prep.stage import StageReport, print_report, run_rows, stage_parser
+from data_prep.stage import StageReport, execution_of, print_report, run_rows, stage_parser
+from data_prep.workers import Execution
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, clip_id, dropped
@@ -61,7 +62,7 @@ class SegmentSettings:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__)
+    parser = stage_parser(STAGE, __doc__, spread=True)
     parser.add_argument("--min-frames", type=int, default=MIN_FRAMES, help="shorter clips are dropped")
     parser.add_argument(
         "--drop-edge-frames", type=int, default=DROP_EDGE_FRAMES, help="frames dropped at both ends of every scene"
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.out,
         arguments.min_frames,
         arguments.drop_edge_frames,
-        workers=arguments.workers,
+        workers=execution_of(arguments),
         min_seconds=arguments.min_seconds,
         max_seconds=arguments.max_seconds,
         fades=not arguments.no_fades,
@@ -91,7 +92,7 @@ def run(
     manifest_out: Path,
     min_frames: int = MIN_FRAMES,
     drop_edge_frames: int = DROP_EDGE_FRAMES,
-    workers: int = 1,
+    workers: int | Execution = 1,
     *,
     min_seconds: float = 0.0,
     max_seconds: float | None = None,

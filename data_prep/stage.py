@@ -14,10 +14,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 
@@ -244,7 +245,7 @@ def stage_parser(
 
     With `spread` come --engine and --shard, which `execution_of` reads, for stages that work through `run_parts`.
     """
-    parser = argparse.ArgumentParser(prog=f"megatron-video data {stage}", description=description)
+    parser = StageParser(prog=f"megatron-video data {stage}", description=description)
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar=source, help="what to read")
     parser.add_argument("--out", type=Path, required=True, metavar=output, help="what to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -254,6 +255,49 @@ def stage_parser(
         parser.add_argument("--engine", choices=["local", "ray"], default="local", help="local processes or Ray Data")
         parser.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; the last one joins them")
     return parser
+
+
+class _Parsed(Exception):  # noqa: N818
+    """Carries a parser out of a stage's `main` before the stage runs."""
+
+
+class StageParser(argparse.ArgumentParser):
+    """Does as `checked_parser` says; otherwise an ordinary parser."""
+
+    check: ContextVar[bool | None] = ContextVar("check", default=None)
+    """None: parse; False: only show the parser; True: parse and show it."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.check.get() is False:
+            raise _Parsed(self)
+        parsed = super().parse_args(args, namespace)
+        if self.check.get():
+            raise _Parsed(self)
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        if self.check.get() is not None:
+            raise UserError(message)
+        super().error(message)
+
+
+def checked_parser(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -> argparse.ArgumentParser:
+    """The parser of a stage's `main`, after it has read `argv`; nothing is run. None: `argv` is not read.
+
+    So a recipe knows the options of every stage, and finds a wrong one before the first stage runs.
+
+    Raises:
+        UserError: what argparse complains about.
+    """
+    token = StageParser.check.set(argv is not None)
+    try:
+        main(argv or [])
+    except _Parsed as parsed:
+        parser: argparse.ArgumentParser = parsed.args[0]
+        return parser
+    finally:
+        StageParser.check.reset(token)
+    raise TypeError(f"{main.__module__} does not make its parser with stage_parser")
 
 
 def execution_of(arguments: argparse.Namespace) -> Execution:

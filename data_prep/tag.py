@@ -13,7 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_prep.stage import StageReport, print_report, run_rows, stage_parser
+from data_prep.stage import StageReport, execution_of, print_report, run_rows, stage_parser
+from data_prep.workers import Execution
 from megatron_video.buckets import CropBox
 from megatron_video.cli import run_command
 from megatron_video.manifest import Row
@@ -31,13 +32,13 @@ _FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "po
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__)
+    parser = stage_parser(STAGE, __doc__, spread=True)
     arguments = parser.parse_args(argv)
-    print_report(run(arguments.source, arguments.out, arguments.workers), arguments.json)
+    print_report(run(arguments.source, arguments.out, execution_of(arguments)), arguments.json)
     return 0
 
 
-def run(manifest_in: Path, manifest_out: Path, workers: int = 1) -> StageReport:
+def run(manifest_in: Path, manifest_out: Path, workers: int | Execution = 1) -> StageReport:
     """Fill the tag columns of every kept row."""
     return run_rows(STAGE, manifest_in, manifest_out, _tag_row, {}, workers)
 

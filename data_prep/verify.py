@@ -7,7 +7,6 @@ each with its shard and key, and the exit code is 2 if there is one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tarfile
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 
 from data_prep.encode import MANIFEST_FILE
+from data_prep.stage import StageParser
 from data_prep.workers import progress
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
@@ -48,7 +48,7 @@ class VerifyReport:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="megatron-video data verify", description=__doc__)
+    parser = StageParser(prog="megatron-video data verify", description=__doc__)
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar="SHARDS", help="folder of shards")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
