@@ -26,8 +26,11 @@ class VideoVAE(nn.Module):
     def encode_moments(self, video: Tensor) -> Tensor:
         """Mean and raw log-variance of the latents.
 
+        Memory does not grow with the length (one chunk at a time goes to the weights' device and dtype), and with the
+        size of the picture only as three activations of the widest layer do (slabs.py).
+
         Args:
-            video: [B, T, 3, H, W] in [-1, 1], any dtype; computed in the dtype of the weights.
+            video: [B, T, 3, H, W], bytes, or in [-1, 1] in any floating dtype.
 
         Returns:
             [B, t, 2z, H/16, W/16]: z means, then z log-variances (not clamped).
@@ -59,6 +62,10 @@ class VideoVAE(nn.Module):
 
     def _prepare(self, chunk: Tensor) -> Tensor:
         weight = self.encoder.conv_in.conv.weight
+        chunk = chunk.to(weight.device)
+        if chunk.dtype == torch.uint8:
+            # Scaled in fp32 whatever the dtype of the weights: bf16 has too few digits for bytes.
+            chunk = chunk.float() / 127.5 - 1
         return chunk.to(dtype=weight.dtype, memory_format=torch.channels_last_3d)
 
     def _check_video(self, video: Tensor) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron_video.vae.config import BOTTLENECK_EXPANSION, VAEConfig
-from megatron_video.vae.primitives import CausalConv, CausalConv3d, FrameGroupNorm, MiddleBlock, ResBlock, norm_silu
+from megatron_video.vae.primitives import (
+    CausalConv,
+    CausalConv3d,
+    FrameGroupNorm,
+    MiddleBlock,
+    ResBlock,
+    norm_silu_conv,
+)
 from megatron_video.vae.resample import Unpatchify, Upsample2D, Upsample3D
 
 UPSAMPLERS: tuple[type[nn.Module] | None, ...] = (None, Upsample2D, Upsample3D, Upsample3D)
@@ -51,4 +58,4 @@ class VideoDecoder(nn.Module):
         h = self.mid(self.conv_unpatchify(h))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(norm_silu(self.norm_out, h))[:, :, WARMUP_FRAMES:]
+        return norm_silu_conv(self.norm_out, self.conv_out, h)[:, :, WARMUP_FRAMES:]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_video.vae.config import NORM_GROUPS
+from megatron_video.vae.slabs import in_slabs, needs_slabs, slabs
 
 NORM_EPS = 1e-5
 # Some convolution kernels index with 32 bits; larger inputs are convolved in pieces along time, with equal results.
@@ -40,6 +41,20 @@ class FrameGroupNorm(nn.GroupNorm):
         # torch's kernels for channels-last norms are up to 20 times slower on CPU than two changes of layout.
         normed = super().forward(fold_frames(x).contiguous())
         return unfold_frames(normed.contiguous(memory_format=torch.channels_last), x.shape[2])
+
+    def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, shift), [B, C, T, 1, 1] in at least fp32: x * scale + shift is the norm of x. Takes little memory."""
+        moments = [torch.var_mean(_grouped(frame), dim=(2, 3, 4), correction=0) for frame in x.unbind(dim=2)]
+        variance, mean = (torch.stack(parts, dim=2) for parts in zip(*moments, strict=True))
+        inverse = torch.rsqrt(variance + self.eps).repeat_interleave(self.num_channels // self.num_groups, dim=1)
+        mean = mean.repeat_interleave(self.num_channels // self.num_groups, dim=1)
+        scale = inverse * self.weight.to(mean.dtype)[:, None]
+        shift = self.bias.to(mean.dtype)[:, None] - mean * scale
+        return scale[..., None, None], shift[..., None, None]
+
+
+def _grouped(frame: Tensor) -> Tensor:
+    return frame.unflatten(1, (NORM_GROUPS, -1)).to(torch.promote_types(frame.dtype, torch.float32))
 
 
 def norm_silu(norm: FrameGroupNorm, x: Tensor) -> Tensor:
@@ -76,6 +91,18 @@ class CausalConv3d(nn.Conv3d):
             yield padded[:, :, first * stride : last * stride + kernel]
 
 
+def norm_silu_conv(norm: FrameGroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(SiLU(GroupNorm(x))) for a 3x3x3 convolution of stride 1; large inputs in slabs, with equal results."""
+    if not needs_slabs(x):
+        return conv(norm_silu(norm, x))
+    scale, shift = norm.scale_and_shift(x)
+
+    def layer(rows: Tensor) -> Tensor:
+        return conv(F.silu(torch.addcmul(shift, rows, scale).to(x.dtype), inplace=True))
+
+    return in_slabs(layer, x)
+
+
 class CausalConv(nn.Module):
     """A causal convolution stored as `.conv`."""
 
@@ -99,9 +126,14 @@ class ResBlock(nn.Module):
         self.nin_shortcut = CausalConv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = self.conv2(norm_silu(self.norm2, h))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h)
+        if not needs_slabs(x):
+            return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        for slab in slabs(x, halo=0):
+            rows = slab.rows(x)
+            slab.rows(h).add_(rows if self.nin_shortcut is None else self.nin_shortcut(rows))
+        return h
 
 
 class CausalAttention(nn.Module):

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_video.vae.primitives import CausalConv, FrameGroupNorm, fold_frames, norm_silu, unfold_frames
+from megatron_video.vae.primitives import (
+    CausalConv,
+    FrameGroupNorm,
+    fold_frames,
+    norm_silu,
+    norm_silu_conv,
+    unfold_frames,
+)
+from megatron_video.vae.slabs import in_slabs, needs_slabs, slabs
 
 
 def unshuffle(x: Tensor, factor: int = 2) -> Tensor:
@@ -62,6 +71,13 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not needs_slabs(x):
+            return self._downsample(x)
+        # An output row needs its two rows and the one below: no result has to be thrown away.
+        parts = [self._downsample(x[..., slab.first : slab.bottom, :]) for slab in slabs(x, step=2)]
+        return torch.cat(parts, dim=3).contiguous(memory_format=torch.channels_last_3d)
+
+    def _downsample(self, x: Tensor) -> Tensor:
         return unfold_frames(self.conv(F.pad(fold_frames(x), (0, 1, 0, 1))), x.shape[2])
 
 
@@ -84,6 +100,9 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_slabs(self._upsample, x, scale=2, enlarged=4) if needs_slabs(x, enlarged=4) else self._upsample(x)
+
+    def _upsample(self, x: Tensor) -> Tensor:
         enlarged = F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest")
         return unfold_frames(self.conv(enlarged), x.shape[2])
 
@@ -97,8 +116,22 @@ class _UpsampleConvs(nn.Module):
         self.norm2 = FrameGroupNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """From the input of the upsampling [B, C, T, H, W] to [B, C, 2T, 2H, 2W]."""
+        if needs_slabs(x, enlarged=8):
+            return self._in_slabs(x)
+        x = _enlarge(x)
         h = self.norm2(self.conv2(norm_silu(self.norm1, self.conv1(x))))
         return F.silu(h + x) + x
+
+    def _in_slabs(self, x: Tensor) -> Tensor:
+        h = in_slabs(lambda rows: self.conv1(_enlarge(rows)), x, scale=2, enlarged=8)
+        h = norm_silu_conv(self.norm1, self.conv2, h)
+        scale, shift = self.norm2.scale_and_shift(h)
+        for slab in slabs(x, enlarged=8, halo=0):
+            enlarged, rows = _enlarge(slab.rows(x)), slab.rows(h, 2)
+            normed = torch.addcmul(shift, rows, scale).to(x.dtype)
+            rows.copy_(F.silu(normed + enlarged) + enlarged)
+        return h
 
 
 class Upsample3D(nn.Module):
@@ -109,4 +142,8 @@ class Upsample3D(nn.Module):
         self.conv3d = _UpsampleConvs(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv3d(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv3d(x)
+
+
+def _enlarge(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
