@@ -82,7 +82,7 @@ VERSION_2_COLUMNS: _Columns = (
         "flicker",
         pa.float32(),
         "tag",
-        "mean over the sampled frames n of |Y(n+1) - Y(n)|, Y = mean grey value of the frame, 0 to 255; null for images",
+        "mean over the sampled frames n of |Y(n+1) - Y(n)|, Y = mean grey of a frame, 0 to 255; null for images",
     ),
     (
         "static_share",
