@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from conftest import GoldenCase
+from golden_files import GoldenCase
 
 # beginning of `kind` -> module of golden_cases with run(meta, tensors, folder, name)
 KINDS = {

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-CONFTEST = Path(__file__).parents[1] / "conftest.py"
+TESTS = Path(__file__).parents[1]
 PROBE = "def test_golden_probe(golden_case):\n    assert golden_case.kind and golden_case.path().parent.is_dir()\n"
 
 
 def collect(tmp_path: Path, golden: Path) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
+    for name in ("conftest.py", "golden_files.py"):
+        (tmp_path / name).write_text((TESTS / name).read_text())
     (tmp_path / "test_probe.py").write_text(PROBE)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path), "-v", "-k", "golden"]
     return subprocess.run([*command, "--golden-dir", str(golden)], capture_output=True, text=True, cwd=tmp_path)
