@@ -20,7 +20,7 @@ import pyarrow as pa
 from data_prep.listing import Entry, detect_language, find_entries
 from data_prep.stage import StageReport, execution_of, fingerprint_of, print_report, run_parts, stage_parser
 from data_prep.tar_members import content_hash, entries_of_tar
-from data_prep.workers import Execution, parallel_map, progress
+from data_prep.workers import Execution, as_execution, parallel_map, progress
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, clip_id, dropped
@@ -63,12 +63,22 @@ def run(
         UserError: no media there, or a listing that is damaged or names missing files.
     """
     entries, tars = find_entries(source)
-    take_out = functools.partial(entries_of_tar, folder=extract_to or manifest_out.with_suffix(".files"))
-    taken_out = progress(parallel_map(take_out, tars, workers), len(tars), "tars", "tar") if tars else ()
-    entries += [entry for members in taken_out for entry in members]
+    if tars:
+        entries += _entries_of_tars(tars, extract_to or manifest_out.with_suffix(".files"), as_execution(workers))
     process = functools.partial(_ingest_file, uncaptioned=uncaptioned)
     fingerprint = fingerprint_of(STAGE, {"uncaptioned": uncaptioned}, _digest(entries))
     return run_parts(STAGE, entries, manifest_out, process, fingerprint, workers, _drop_copies)
+
+
+def _entries_of_tars(tars: Sequence[Path], folder: Path, execution: Execution) -> list[Entry]:
+    take_out = functools.partial(entries_of_tar, folder=folder)
+    # A task of an array begins with its own share. Then it needs what the others took out too, and finds it there.
+    shard = execution.shard
+    numbers = sorted(range(len(tars)), key=lambda number: shard is not None and number not in shard)
+    order = [tars[number] for number in numbers]
+    done = progress(parallel_map(take_out, order, execution), len(order), "tars", "tar")
+    found = dict(zip(order, done, strict=True))
+    return [entry for tar in tars for entry in found[tar]]
 
 
 def _digest(entries: Sequence[Entry]) -> str:

@@ -148,3 +148,28 @@ def test_rotated_clips_are_upright_behind_a_seek_too(tmp_path: Path, degrees: in
     assert ours.shape == turned.shape
     assert np.abs(ours.astype(int) - turned).mean() < 8
     assert np.abs(np.array(numbers_of(np.rot90(ours, -degrees // 90, axes=(1, 2)))) - np.arange(80, 83)).max() <= 1
+
+
+def test_damage_anywhere_costs_one_clip_and_never_the_run(chain: Chain, tmp_path: Path) -> None:
+    """Random bytes, overwritten stretches and cuts in every kind of file: each ends as rows."""
+    rng = np.random.default_rng(0)
+    originals = [path for path in sorted((chain.folder / "codecs").iterdir()) if path.suffix != ".txt"]
+    originals += [chain.folder / "pictures" / name for name in ("plain.png", "turned.jpg", "animation.gif")]
+    for number in range(120):
+        original = originals[number % len(originals)]
+        content = bytearray(original.read_bytes())
+        if number % 3 == 0:
+            content = content[: int(rng.integers(1, len(content)))]
+        start = int(rng.integers(len(content) if number % 2 else min(600, len(content))))
+        content[start : start + 200] = rng.bytes(int(rng.integers(1, 200)))
+        path = tmp_path / "in" / f"{number:03d}{original.suffix}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        path.with_suffix(".txt").write_text("a caption")
+    ingested = ingest.run(path.parent, tmp_path / "1.parquet")
+    segmented = segment.run(tmp_path / "1.parquet", tmp_path / "2.parquet")
+    assert ingested.rows_in == ingested.kept + ingested.dropped_here == 120
+    assert ingested.dropped_here > 30
+    assert set(ingested.reasons) == {"unreadable"}
+    assert segmented.dropped_before == ingested.dropped_here
+    assert segmented.reasons["unreadable"] > 5

@@ -13,6 +13,7 @@ from nasty_videos import numbers_of, scenes, write_video
 from PIL import Image
 
 from data_prep import ingest, segment
+from data_prep.workers import Execution, Shard
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, read_manifest
 from megatron_video.video_io import read_frames
@@ -140,3 +141,22 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--extract-to .*file"):
         ingest.run(tar, tmp_path / "m.parquet", extract_to=tmp_path / "file")
+
+
+def test_tasks_of_an_array_take_out_each_tar_once_and_agree(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for seed in range(4):
+        members = [("x.mp4", video_bytes(tmp_path / "made", seed)), ("x.txt", f"clip {seed}".encode())]
+        write_tar(folder / f"{seed}.tar", members)
+    ingest.run(folder, tmp_path / "alone.parquet", extract_to=tmp_path / "taken")
+    for index in (1, 0):
+        task = Execution(shard=Shard(index, 2))
+        report = ingest.run(folder, tmp_path / "array.parquet", task, tmp_path / "apart")
+        if index == 1:
+            assert not (tmp_path / "array.parquet").exists()
+    assert report.details["joined"]
+    alone, array = rows_of(tmp_path / "alone.parquet"), rows_of(tmp_path / "array.parquet")
+    assert len(alone) == 4
+    for one, other in zip(alone, array, strict=True):
+        assert Path(one.pop("source")).name == Path(other.pop("source")).name
+        assert one == other
