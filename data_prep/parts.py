@@ -17,6 +17,7 @@ from typing import Generic, TypeVar, overload
 
 import pyarrow as pa
 
+from data_prep.disk import disk_errors
 from data_prep.lock import LockedError, holder_of, run_lock
 from data_prep.workers import Shard
 from megatron_video.manifest import Row, read_manifest, table_from_rows, write_manifest
@@ -127,12 +128,14 @@ class TableRows(Sequence[Row]):
 
 @contextmanager
 def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None]:
-    """Hold an output, or one share of it, which others may hold beside it.
+    """Hold an output, or one share of it, which others may hold beside it; what a kill left half written goes.
 
     Raises:
         LockedError: another run holds it, or, for the whole, a share of it.
+        UserError: the disk is full.
     """
-    with run_lock(_lock_path(manifest_out, shard), manifest_out):
+    manifest_out.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(manifest_out.parent), run_lock(_lock_path(manifest_out, shard), manifest_out):
         # Own lock first, then a look at the others: two that start at once may both be refused, but never both run.
         others = (
             [_lock_path(manifest_out, None)] if shard else sorted(manifest_out.parent.glob(_shard_locks(manifest_out)))
@@ -141,16 +144,17 @@ def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None
             holder = holder_of(path)
             if holder:
                 raise LockedError(f"--out {manifest_out}: another run is writing there ({holder}); wait for it")
+        if shard is None:
+            for leftover in manifest_out.parent.glob(f".{manifest_out.name}.*.tmp"):
+                leftover.unlink()
         yield
 
 
-def clear_leftovers(manifest_out: Path, keep: Path | None = None) -> None:
-    """Remove parts of other settings and what a kill left half written; only under the lock of the whole."""
+def clear_parts(manifest_out: Path, keep: Path | None = None) -> None:
+    """Remove the parts of an output, of all settings but those in `keep`; only under the lock of the whole."""
     for folder in manifest_out.parent.glob(f"{_folder_stem(manifest_out)}-*"):
         if folder != keep:
             shutil.rmtree(folder)
-    for leftover in manifest_out.parent.glob(f".{manifest_out.name}.*.tmp"):
-        leftover.unlink()
 
 
 def _folder_stem(manifest_out: Path) -> str:

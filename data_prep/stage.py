@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 import pyarrow as pa
 
 from data_prep.lock import LockedError
-from data_prep.parts import Parts, Selection, TableRows, clear_leftovers, output_lock
+from data_prep.parts import Parts, Selection, TableRows, clear_parts, output_lock
 from data_prep.workers import Execution, Shard, as_execution, default_workers, parallel_map, progress
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, dropped, read_manifest, read_schema, write_manifest
@@ -97,7 +97,7 @@ def run_parts(
             return make_report(stage, read_manifest(manifest_out), manifest_out, len(items), started, up_to_date=True)
         parts = Parts(manifest_out, fingerprint, len(items), PART_ROWS, execution.shard)
         if execution.shard is None:
-            clear_leftovers(manifest_out, keep=parts.folder)
+            clear_parts(manifest_out, keep=parts.folder)
         _make_missing(stage, items, parts, process, execution)
         if execution.shard is None:
             table = _join(parts, manifest_out, fingerprint, finish)
@@ -127,7 +127,7 @@ def _join(
     table = finish(table).combine_chunks() if finish else table
     write_finished(table, manifest_out, fingerprint)
     # Only now that the result is there may the parts go.
-    clear_leftovers(manifest_out)
+    clear_parts(manifest_out)
     return table
 
 
@@ -201,7 +201,9 @@ def make_report(
     """Count kept and dropped rows; reasons are grouped by what stands before their colon."""
     # A row stays with the stage that dropped it, so earlier stages' losses are visible in every report.
     by = Counter(table["dropped_by"].to_pylist())
-    mine = table.filter(pa.compute.equal(table["dropped_by"], stage)).to_pylist()
+    # Two columns: of a large folder, whole rows of what was dropped are gigabytes as Python objects.
+    gone = table.filter(pa.compute.equal(table["dropped_by"], stage))
+    mine = gone.select(["source", "drop_reason"]).to_pylist()
     return StageReport(
         stage=stage,
         output=str(output),
