@@ -25,6 +25,7 @@ REQUIRED = [
     "scenedetect-headless>=0.7,<0.8",  # the plain package pulls the OpenCV build that needs libGL
     "opencv-python-headless>=5,<6",  # from 5 on it brings a font that writes Chinese captions
     "pillow>=10,<13",
+    "ImageHash>=4.3,<5",  # perceptual hash of `data tag`
     "transformers>=4.50,<6",
     "tokenizers>=0.21,<0.24",
     "sentencepiece>=0.2,<0.3",
@@ -40,7 +41,12 @@ EXTRAS = {
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
     # ZeRO data parallelism for training the Video-VAE.
     "vae": ["deepspeed>=0.19,<0.20"],
+    # OCR of `data tag --models`; plots of `data filter --report` and `data balance`; clusters of `data balance`.
+    "data": ["rapidocr>=3.8,<4", "onnxruntime>=1.20,<2", "matplotlib>=3.9,<4", "faiss-cpu>=1.10,<2"],
     "dev": [
+        "rapidocr>=3.8,<4",
+        "onnxruntime>=1.20,<2",
+        "faiss-cpu>=1.10,<2",
         "matplotlib>=3.9,<4",
         "pytest>=8,<10",
         "hypothesis>=6,<7",

@@ -20,6 +20,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "tag": ("data_prep.tag", "black borders, blur, saturation, brightness, motion"),
     "filter": ("data_prep.filter", "drop clips whose tags are outside thresholds (YAML)"),
     "caption": ("data_prep.caption", "short and dense captions from a model, an endpoint or a file; the title"),
+    "balance": ("data_prep.balance", "clusters of embeddings, outliers, near-duplicates, sampling weights"),
     "encode": ("data_prep.encode", "Video-VAE moments and text states -> webdataset shards with an index"),
     "verify": ("data_prep.verify", "check every shard against its index, checksums and manifest"),
     "run": ("data_prep.run", "ingest, segment, tag and filter in one go"),
