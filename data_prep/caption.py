@@ -11,20 +11,22 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import pyarrow as pa
 import torch
 
-from data_prep.caption_config import DEFAULT_PROMPTS, KINDS, CaptionConfig, Captioner, Kind
+from data_prep.caption_config import DEFAULT_PROMPTS, KINDS, Answer, CaptionConfig, Captioner, Kind
 from data_prep.caption_endpoint import EndpointCaptioner, EndpointSettings
 from data_prep.caption_file import FileCaptioner
-from data_prep.caption_journal import Journal
+from data_prep.caption_journal import Journal, Key, read_answers, remove_journals
 from data_prep.caption_mix import CaptionMix, captioned
 from data_prep.caption_runner import ask_missing
+from data_prep.lock import LockedError
+from data_prep.parts import output_lock
 from data_prep.stage import (
     StageReport,
     check_output,
@@ -35,6 +37,7 @@ from data_prep.stage import (
     stage_parser,
     write_finished,
 )
+from data_prep.workers import Shard
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.errors import UserError
@@ -83,9 +86,10 @@ def main(argv: Sequence[str]) -> int:
     mix = CaptionMix(arguments.use) if arguments.use else None
     settings = CaptionSettings(tuple(arguments.kinds.split(",")), mix, arguments.on_missing, arguments.max_failures)
     config = load_config(CaptionConfig, arguments.prompts)
+    shard = Shard.parse(arguments.shard) if arguments.shard else None
     captioner = _captioner(arguments, settings, config)
     try:
-        report = run(arguments.source, arguments.out, captioner, settings, config, arguments.workers)
+        report = run(arguments.source, arguments.out, captioner, settings, config, arguments.workers, shard)
     finally:
         if captioner is not None:
             captioner.close()
@@ -100,12 +104,14 @@ def run(
     settings: CaptionSettings,
     config: CaptionConfig,
     workers: int = 1,
+    shard: Shard | None = None,
 ) -> StageReport:
     """Caption every kept row.
 
     Args:
         captioner: the source; None where only titles are wanted.
         workers: threads that decode frames ahead of the source.
+        shard: ask for this share only; the run that finds all answers there writes the manifest.
 
     Raises:
         UserError: no source for kinds that need one, a prompt is missing, or the source fails for every clip.
@@ -116,45 +122,72 @@ def run(
     table = read_manifest(manifest_in)
     name = captioner.name if captioner else "title"
     fingerprint = fingerprint_of(STAGE, _identity(settings, config, name), file_sha256(manifest_in))
-    if finished_fingerprint(manifest_out) == fingerprint:
-        return make_report(
-            STAGE,
-            table=read_manifest(manifest_out),
-            output=manifest_out,
-            rows_in=table.num_rows,
-            started=started,
-            up_to_date=True,
-        )
-    journal = Journal(manifest_out.with_name(f".{manifest_out.name}.answers.jsonl"), name)
-    known = len(journal.answers)
-    try:
-        if captioner is not None:
-            ask_missing(table, captioner, settings.asked, config, journal, workers, settings.max_failures)
-    finally:
-        journal.close()
-    result, counts = _filled(table, journal, settings, name)
-    owed = sum(answer.again for answer in journal.answers.values())
-    _write(result, manifest_out, fingerprint, journal, owed)
-    details: dict[str, Any] = {"answers of an earlier run": known, "to be asked again": owed, **counts}
-    details |= captioner.figures() if captioner else {}
-    return make_report(STAGE, result, manifest_out, table.num_rows, started, details=details)
+    with output_lock(manifest_out, shard):
+        if finished_fingerprint(manifest_out) == fingerprint:
+            done = read_manifest(manifest_out)
+            return make_report(STAGE, done, manifest_out, table.num_rows, started, up_to_date=True)
+        journal = Journal(manifest_out, name, shard)
+        details: dict[str, Any] = {"answers of an earlier run": len(journal.answers)}
+        try:
+            if captioner is not None:
+                ask_missing(table, captioner, settings.asked, config, journal, workers, settings.max_failures, shard)
+        finally:
+            journal.close()
+        details |= captioner.figures() if captioner else {}
+        if shard is None:
+            result, counts = _join(table, journal.answers, settings, name, manifest_out, fingerprint)
+            return make_report(STAGE, result, manifest_out, table.num_rows, started, details={**counts, **details})
+    joined = _join_if_last(table, settings, name, manifest_out, fingerprint)
+    report = make_report(STAGE, table, manifest_out, table.num_rows, started)
+    return replace(report, details={**details, **joined})
 
 
-def _write(result: pa.Table, manifest_out: Path, fingerprint: str, journal: Journal, owed: int) -> None:
-    if owed:
+def _join(
+    table: pa.Table,
+    answers: Mapping[Key, Answer],
+    settings: CaptionSettings,
+    name: str,
+    manifest_out: Path,
+    fingerprint: str,
+) -> tuple[pa.Table, dict[str, int]]:
+    result, counts = _filled(table, answers, settings, name)
+    counts["to be asked again"] = sum(answer.again for answer in answers.values())
+    if counts["to be asked again"]:
         # Without the fingerprint of a finished stage the same command goes on, with the answers that are there.
         write_manifest(result, manifest_out)
-        return
-    write_finished(result, manifest_out, fingerprint)
-    journal.path.unlink()
+    else:
+        write_finished(result, manifest_out, fingerprint)
+        remove_journals(manifest_out)
+    return result, counts
 
 
-def _filled(table: pa.Table, journal: Journal, settings: CaptionSettings, name: str) -> tuple[pa.Table, dict[str, int]]:
+def _join_if_last(
+    table: pa.Table, settings: CaptionSettings, name: str, manifest_out: Path, fingerprint: str
+) -> dict[str, Any]:
+    """Of an array's tasks, the one that finds all answers there writes the manifest."""
+    try:
+        with output_lock(manifest_out):
+            if finished_fingerprint(manifest_out) == fingerprint:
+                return {"joined": True}
+            answers = read_answers(manifest_out, name)
+            kept = table.filter(table["dropped_by"].is_null())["clip_id"].to_pylist()
+            missing = sum((clip_id, kind) not in answers for clip_id in kept for kind in settings.asked)
+            if not missing:
+                _join(table, answers, settings, name, manifest_out, fingerprint)
+            return {"joined": not missing, "answers missing": missing}
+    except LockedError:
+        # Others are at work; the last of them joins.
+        return {"joined": False}
+
+
+def _filled(
+    table: pa.Table, answers: Mapping[Key, Answer], settings: CaptionSettings, name: str
+) -> tuple[pa.Table, dict[str, int]]:
     counts: Counter[str] = Counter()
     batches = []
     # Some thousand rows at a time: as Python objects a manifest takes twenty times its memory.
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-        rows = [captioned(row, journal.answers, settings, name, counts) for row in batch.to_pylist()]
+        rows = [captioned(row, answers, settings, name, counts) for row in batch.to_pylist()]
         batches.append(table_from_rows(rows))
     return pa.concat_tables(batches or [table_from_rows([])]), dict(sorted(counts.items()))
 
@@ -214,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--on-missing", choices=["drop", "keep"], default="drop", help="clips that get no answer")
     parser.add_argument("--max-failures", type=int, default=20, help="clips in a row without an answer that stop it")
     parser.add_argument("--prompts", type=Path, default=DEFAULT_PROMPTS, help=f"YAML (default {DEFAULT_PROMPTS})")
+    parser.add_argument("--shard", metavar="I/N", help="ask for share I (from 0) of N; the last one joins them")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--vlm", type=Path, metavar="FOLDER", help="vision-language model for transformers")
     source.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")

@@ -126,16 +126,27 @@ def load_clip(row: Row, config: CaptionConfig, looks: bool) -> Clip | VideoError
     """The frames of a clip inside its black borders; what cannot be read comes back as the error."""
     if not looks:
         return Clip(row, np.zeros((0, 0, 0, 3), np.uint8))
-    count = row["end_frame"] - row["start_frame"]
-    numbers = [row["start_frame"] + index for index in evenly_spaced(count, config.frames)]
-    crop = crop_of(row)
-    width, height = (crop.width, crop.height) if crop else (row["width"], row["height"])
-    factor = min(1.0, config.long_side / max(width, height))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
     try:
-        return Clip(row, read_frames(row["source"], indices=numbers, size=size, crop=crop), config.jpeg_quality)
+        return Clip(row, clip_frames(row, config.frames, config.long_side), config.jpeg_quality)
     except VideoError as error:
         return error
+
+
+def clip_frames(row: Row, count: int, long_side: int) -> np.ndarray:
+    """Up to `count` frames from the first to the last, inside black borders, uint8 [T, H, W, 3].
+
+    Larger ones are shrunk to `long_side` pixels.
+
+    Raises:
+        VideoError: the file cannot be read, or lacks the frames.
+    """
+    length = row["end_frame"] - row["start_frame"]
+    numbers = [row["start_frame"] + index for index in evenly_spaced(length, count)]
+    crop = crop_of(row)
+    width, height = (crop.width, crop.height) if crop else (row["width"], row["height"])
+    factor = min(1.0, long_side / max(width, height))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    return read_frames(row["source"], indices=numbers, size=size, crop=crop)
 
 
 def prompt_text(prompt: Prompt, row: Row) -> str:

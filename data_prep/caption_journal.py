@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import threading
@@ -10,18 +11,36 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.caption_config import Answer, Kind
+from data_prep.workers import Shard
 
 Key = tuple[str, str]
 """clip_id, kind."""
 
 
-class Journal:
-    """Append-only; answers of another model or other prompts are thrown away when it is opened."""
+def read_answers(manifest_out: Path, source: str) -> dict[Key, Answer]:
+    """All answers of this source for an output, of all shares of it."""
+    answers: dict[Key, Answer] = {}
+    for path in _files(manifest_out):
+        answers |= _read(path, source)[0]
+    return answers
 
-    def __init__(self, path: Path, source: str) -> None:
-        self.path = path
+
+def remove_journals(manifest_out: Path) -> None:
+    """The answers are in the manifest now; only under the lock of the whole output."""
+    for path in _files(manifest_out):
+        path.unlink()
+
+
+class Journal:
+    """Append-only file of one run or one share; another source's answers are thrown away when it is opened."""
+
+    def __init__(self, manifest_out: Path, source: str, shard: Shard | None = None) -> None:
+        share = f".{shard.index}-of-{shard.count}" if shard else ""
+        path = manifest_out.with_name(f".{manifest_out.name}.answers{share}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.answers, intact = _read(path, source)
+        _, intact = _read(path, source)
+        # Others' answers too: a run in one go takes up what the tasks of an array had.
+        self.answers = read_answers(manifest_out, source)
         # Cut to what is whole, or the next line would be glued to the half that a kill left.
         with open(path, "ab") as file:
             file.truncate(intact)
@@ -45,6 +64,10 @@ class Journal:
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         # To the operating system at once: it outlives a kill of this process.
         self._file.flush()
+
+
+def _files(manifest_out: Path) -> list[Path]:
+    return sorted(manifest_out.parent.glob(f".{glob.escape(manifest_out.name)}.answers*.jsonl"))
 
 
 def _read(path: Path, source: str) -> tuple[dict[Key, Answer], int]:

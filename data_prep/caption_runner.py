@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TypeVar
 
 import pyarrow as pa
 
 from data_prep.caption_config import Answer, CaptionConfig, Captioner, Clip, Kind, checked, load_clip
 from data_prep.caption_journal import Journal
-from data_prep.workers import progress
+from data_prep.workers import Shard, batched, progress
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row
 from megatron_video.video_io import VideoError
@@ -31,13 +30,16 @@ def ask_missing(
     journal: Journal,
     workers: int,
     max_failures: int,
+    shard: Shard | None = None,
 ) -> None:
-    """Put an answer for every kept row and kind into the journal.
+    """Put an answer for every kept row and kind, or a share's, into the journal.
 
     Raises:
         UserError: the source refuses us, or fails for `max_failures` clips in a row.
     """
     kept = table.filter(table["dropped_by"].is_null())
+    if shard is not None:
+        kept = kept.take([number for number in range(kept.num_rows) if number in shard])
     total = sum(bool(_open_kinds(clip_id, kinds, journal)) for clip_id in kept["clip_id"].to_pylist())
     todo = (row for row in _rows(kept) if _open_kinds(row["clip_id"], kinds, journal))
     guard = _Guard(max_failures)
@@ -49,7 +51,7 @@ def ask_missing(
     ahead = captioner.batch_size * (captioner.concurrency + 1) + workers
     try:
         clips = _windowed(decoders, lambda row: (row, load_clip(row, config, captioner.looks)), todo, ahead)
-        answered = _windowed(askers, ask, _batches(clips, captioner.batch_size), 2 * captioner.concurrency)
+        answered = _windowed(askers, ask, batched(clips, captioner.batch_size), 2 * captioner.concurrency)
         for failed in progress((failed for batch in answered for failed in batch), total, "caption"):
             guard.note(failed, journal)
     except BaseException:
@@ -110,11 +112,6 @@ def _open_kinds(clip_id: str, kinds: Sequence[Kind], journal: Journal) -> list[K
 def _rows(table: pa.Table) -> Iterator[Row]:
     for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
         yield from batch.to_pylist()
-
-
-def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def _windowed(

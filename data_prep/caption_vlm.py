@@ -84,9 +84,13 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
         raise UserError(f"--vlm {folder}: no model folder (config.json, weights, processor); nothing is downloaded")
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        loader: Any = AutoModelForImageTextToText
+        model, report = loader.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"--vlm {folder} cannot be loaded: {error}") from None
+    # transformers fills what a file lacks with random numbers and a warning.
+    if lacking := sorted(map(str, report["missing_keys"])):
+        raise UserError(f"--vlm {folder}: the weights lack {len(lacking)} tensors, such as {lacking[0]}")
     if not getattr(processor, "chat_template", None):
         raise UserError(f"--vlm {folder}: its processor has no chat template, so how to ask it is not known")
     # Generation goes on at the right; padding there would come between question and answer.

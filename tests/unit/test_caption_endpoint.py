@@ -23,7 +23,9 @@ from data_prep import caption
 from data_prep.caption_config import DEFAULT_PROMPTS, CaptionConfig
 from data_prep.caption_endpoint import EndpointCaptioner, EndpointSettings, _retry_after
 from data_prep.cli import main
+from data_prep.parts import output_lock
 from data_prep.stage import StageReport
+from data_prep.workers import Shard
 from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, kept_rows, read_manifest
@@ -48,13 +50,14 @@ def asked_of(
     kinds: str = "short",
     on_missing: str = "drop",
     max_failures: int = 20,
+    shard: Shard | None = None,
     **options: Any,
 ) -> StageReport:
     config = load_config(CaptionConfig, DEFAULT_PROMPTS, ["frames=3"])
     captioner = EndpointCaptioner(EndpointSettings(url, "tiny", **{"timeout": 0.7, **options}), config)
     settings = caption.CaptionSettings(tuple(kinds.split(",")), on_missing=on_missing, max_failures=max_failures)  # type: ignore[arg-type]
     try:
-        return caption.run(manifest, out, captioner, settings, config, workers=2)
+        return caption.run(manifest, out, captioner, settings, config, workers=2, shard=shard)
     finally:
         captioner.close()
 
@@ -250,3 +253,24 @@ def test_waits_grow(monkeypatch: pytest.MonkeyPatch, manifest: Path, tmp_path: P
     gaps = [b.time - a.time for a, b in itertools.pairwise(server.asked[:4])]
     # Between half of the wait and the whole wait, which doubles: 0.1, 0.2, 0.4 s.
     assert [gap >= 0.05 * 2**n for n, gap in enumerate(gaps)] == [True] * 3
+
+
+def test_shares_of_an_array_ask_once_and_the_last_one_joins(manifest: Path, tmp_path: Path) -> None:
+    with serving(lambda n, _: "ok") as server:
+        asked_of(manifest, tmp_path / "whole.parquet", server.url, "short,dense")
+        shares = []
+        for index in (1, 0, 2):
+            assert not (tmp_path / "out.parquet").exists()
+            shard = Shard(index, 3)
+            shares.append(asked_of(manifest, tmp_path / "out.parquet", server.url, "short,dense", shard=shard))
+    assert [share.details["requests"] for share in shares] == [4, 4, 4]
+    assert [share.details["joined"] for share in shares] == [False, False, True]
+    assert rows_of(tmp_path / "out.parquet") == rows_of(tmp_path / "whole.parquet")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_run_on_one_output_is_refused(manifest: Path, tmp_path: Path) -> None:
+    with output_lock(tmp_path / "out.parquet"), serving(lambda n, _: "ok") as server:
+        with pytest.raises(UserError, match="another run is writing there"):
+            asked_of(manifest, tmp_path / "out.parquet", server.url)
+        assert not server.asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from made_clips import write_clips
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_vlm import write_tiny_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -124,6 +126,11 @@ def test_what_is_no_model_is_refused(manifest: Path, vlm: Path, tmp_path: Path, 
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert stage(*common, "--vlm", tmp_path) == 2
     assert f"--vlm {tmp_path} cannot be loaded" in capsys.readouterr().err
+    weights = load_file(vlm / "model.safetensors")
+    shutil.copytree(vlm, tmp_path / "half")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    assert stage(*common, "--vlm", tmp_path / "half") == 2
+    assert "the weights lack 1 tensors, such as lm_head.weight" in capsys.readouterr().err
     assert stage(*common) == 2
     assert "need a source" in capsys.readouterr().err
     assert stage(*common, "--vlm", vlm, "--prompts", prompts(tmp_path, prompts={})) == 2
