@@ -42,7 +42,13 @@ EXTRAS = {
     # ZeRO data parallelism for training the Video-VAE.
     "vae": ["deepspeed>=0.19,<0.20"],
     # OCR of `data tag --models`; plots of `data filter --report` and `data balance`; clusters of `data balance`.
-    "data": ["rapidocr>=3.8,<4", "onnxruntime>=1.20,<2", "matplotlib>=3.9,<4", "faiss-cpu>=1.10,<2"],
+    "data": [
+        "rapidocr>=3.8,<4",
+        "onnxruntime>=1.20,<2",
+        "matplotlib>=3.9,<4",
+        "faiss-cpu>=1.10,<2",
+        "ray[data]>=2.50,<3",
+    ],
     "dev": [
         "rapidocr>=3.8,<4",
         "onnxruntime>=1.20,<2",

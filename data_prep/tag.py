@@ -1,7 +1,8 @@
 """`megatron-video data tag`: figures about each clip, from 8 frames spread evenly over it.
 
-Black borders (as the box inside them), blur, HSV saturation and brightness, and motion by optical flow between each of
-the frames and its successor. All but the borders are measured inside the box.
+Black borders (as the box inside them), resolution, blur, HSV saturation and brightness, static share, text-like
+overlays and a perceptual hash; motion by optical flow and flicker between each of the frames and its successor. All
+but the borders are measured inside the box. With --models also what networks say: data_prep/model_tags.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_prep.frame_tags import flicker, perceptual_hash, shrunk_grey, static_share, text_area
 from data_prep.stage import StageReport, execution_of, print_report, run_rows, stage_parser
 from data_prep.workers import Execution
 from megatron_video.buckets import CropBox
@@ -33,14 +35,25 @@ _FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "po
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
     parser = stage_parser(STAGE, __doc__, spread=True)
+    parser.add_argument("--models", type=Path, metavar="YAML", help="local weights of the model tags")
     arguments = parser.parse_args(argv)
-    print_report(run(arguments.source, arguments.out, execution_of(arguments)), arguments.json)
+    report = run(arguments.source, arguments.out, execution_of(arguments), arguments.models)
+    print_report(report, arguments.json)
     return 0
 
 
-def run(manifest_in: Path, manifest_out: Path, workers: int | Execution = 1) -> StageReport:
-    """Fill the tag columns of every kept row."""
-    return run_rows(STAGE, manifest_in, manifest_out, _tag_row, {}, workers)
+def run(manifest_in: Path, manifest_out: Path, workers: int | Execution = 1, models: Path | None = None) -> StageReport:
+    """Fill the tag columns of every kept row; with `models`, a YAML, also those of the networks that it names.
+
+    Raises:
+        UserError: a file of a model is missing or wrong.
+    """
+    if models is None:
+        return run_rows(STAGE, manifest_in, manifest_out, _tag_row, {}, workers)
+    # Imported only now: torch and transformers take seconds in every worker.
+    from data_prep.model_tagging import run_with_models
+
+    return run_with_models(manifest_in, manifest_out, workers, models)
 
 
 def sampled_frames(start: int, end: int, count: int = NUM_FRAMES) -> list[int]:
@@ -81,23 +94,32 @@ def motion(first: np.ndarray, second: np.ndarray) -> float:
 
     Larger pictures are shrunk to that; smaller ones are not enlarged, their flow is.
     """
-    before, after = _flow_input(first), _flow_input(second)
+    before, after = (shrunk_grey(frame, FLOW_LONG_SIDE) for frame in (first, second))
     flow = cv2.calcOpticalFlowFarneback(before, after, None, **_FARNEBACK)  # type: ignore[call-overload]
     return float(np.hypot(flow[..., 0], flow[..., 1]).mean()) * FLOW_LONG_SIDE / max(before.shape)
 
 
-def _tag_row(row: Row) -> list[Row]:
+def tag_clip(row: Row) -> tuple[Row, np.ndarray]:
+    """A row with the tags that need no model, and its sampled frames inside the borders, uint8 [T, H, W, 3].
+
+    Raises:
+        VideoError: the frames cannot be read.
+    """
     # Each sampled frame with its successor, decoded in one pass.
     numbers = [0] if row["is_image"] else sampled_frames(row["start_frame"], row["end_frame"])
     wanted = sorted({*numbers, *(n + 1 for n in numbers if n + 1 < row["end_frame"])})
     frames = dict(zip(wanted, read_frames(row["source"], indices=wanted), strict=True))
     box = crop_box(np.stack([frames[number] for number in numbers]))
     inside = {number: _crop(frame, box) for number, frame in frames.items()}
-    row = {**row, **_box_tags(box, row), **_picture_tags(np.stack([inside[number] for number in numbers]))}
+    sampled = np.stack([inside[number] for number in numbers])
+    row = {**row, **_box_tags(box, row), **_picture_tags(sampled)}
     if not row["is_image"]:
-        lengths = [motion(inside[n], inside[n + 1]) for n in numbers if n + 1 in inside]
-        row |= _spread("motion", np.asarray(lengths or [0.0]))
-    return [row]
+        row |= _change_tags(sampled, [(inside[n], inside[n + 1]) for n in numbers if n + 1 in inside])
+    return row, sampled
+
+
+def _tag_row(row: Row) -> list[Row]:
+    return [tag_clip(row)[0]]
 
 
 def _box_tags(box: CropBox, row: Row) -> Row:
@@ -108,12 +130,29 @@ def _box_tags(box: CropBox, row: Row) -> Row:
         "crop_width": box.width,
         "crop_height": box.height,
         "border_share": share,
+        "short_side": min(box.width, box.height),
     }
 
 
 def _picture_tags(frames: np.ndarray) -> Row:
     saturation, brightness = saturation_and_brightness(frames)
-    return {"blur": blur(frames), "brightness": float(brightness.mean()), **_spread("saturation", saturation)}
+    return {
+        "blur": blur(frames),
+        "brightness": float(brightness.mean()),
+        **_spread("saturation", saturation),
+        "text_area": text_area(frames),
+        "phash": perceptual_hash(frames[len(frames) // 2]),
+    }
+
+
+def _change_tags(frames: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Row:
+    # A clip of one frame has no pairs: nothing moves in it.
+    lengths = [motion(before, after) for before, after in pairs] or [0.0]
+    return {
+        **_spread("motion", np.asarray(lengths)),
+        "static_share": static_share(frames),
+        "flicker": flicker(pairs) if pairs else 0.0,
+    }
 
 
 def _spread(name: str, values: np.ndarray) -> Row:
@@ -131,15 +170,6 @@ def _crop(frame: np.ndarray, box: CropBox) -> np.ndarray:
 def _bright_range(levels: np.ndarray) -> tuple[int, int]:
     bright = np.flatnonzero(levels > BORDER_GREY)
     return (int(bright[0]), int(bright[-1]) + 1) if len(bright) else (0, 0)
-
-
-def _flow_input(frame: np.ndarray) -> np.ndarray:
-    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    factor = FLOW_LONG_SIDE / max(grey.shape)
-    if factor >= 1:
-        return grey
-    size = (max(1, round(grey.shape[1] * factor)), max(1, round(grey.shape[0] * factor)))
-    return cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
 
 
 if __name__ == "__main__":
