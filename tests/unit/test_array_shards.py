@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_pipeline import Pipeline, data, make_pipeline
 
 from data_prep.parts import Parts, Selection, TableRows
-from data_prep.workers import Shard, parallel_map
+from data_prep.workers import Execution, Shard, parallel_map
 from megatron_video.errors import UserError
 from megatron_video.manifest import table_from_rows
 
@@ -105,15 +108,30 @@ def test_results_come_in_order(workers: int) -> None:
         list(parallel_map(double, range(90), workers))
 
 
+def test_ray_that_is_missing_is_a_clear_error(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # None in sys.modules makes the import fail, as without the extra.
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert data(*pipeline.arguments("tag", tmp_path / "out.parquet"), "--engine", "ray") == 2
+    assert 'pip install "megatron-video[data]"' in capsys.readouterr().err
+
+
 @pytest.mark.heavy
 def test_ray_makes_the_same_bytes(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is in the extra `data`")
-    # Its processes find the tests' modules by this, and are those of this test alone.
+    # A Ray of this test's own.
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     try:
         for stage in ROW_STAGES:
             out = tmp_path / f"{stage}.parquet"
             assert data(*pipeline.arguments(stage, out), "--engine", "ray") == 0
             assert out.read_bytes() == pipeline.manifest(stage).read_bytes()
+        # Order over many blocks, and the error of one item: the local engine's own.
+        execution = Execution(2, engine="ray")
+        numbers = range(1, 400)
+        assert list(parallel_map(partial(operator.floordiv, 5040), numbers, execution)) == [5040 // n for n in numbers]
+        with pytest.raises(ZeroDivisionError):
+            list(parallel_map(partial(operator.floordiv, 5040), range(-2, 2), execution))
     finally:
         ray.shutdown()
