@@ -43,6 +43,7 @@ EXTRAS = {
     "vae": ["deepspeed>=0.19,<0.20"],
     # OCR of `data tag --models`; plots of `data filter --report` and `data balance`; clusters of `data balance`.
     "data": [
+        "deepspeed>=0.19,<0.20",
         "rapidocr>=3.8,<4",
         "onnxruntime>=1.20,<2",
         "matplotlib>=3.9,<4",
@@ -50,6 +51,7 @@ EXTRAS = {
         "ray[data]>=2.60,<3",
     ],
     "dev": [
+        "deepspeed>=0.19,<0.20",
         "rapidocr>=3.8,<4",
         "onnxruntime>=1.20,<2",
         "faiss-cpu>=1.10,<2",

@@ -23,8 +23,10 @@ from megatron_video.manifest import Row, kept_rows, read_manifest
 from megatron_video.noise import NoiseSource
 from megatron_video.video_io import read_frames
 from training.vae_config import VAEStage, VAETrainConfig
+from training.vae_ranks import Ranks
 
 Frames = npt.NDArray[np.uint8]
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class TrainingClips:
         place = "decoded in memory" if self._cache else f"over cache_gib={self.config.cache_gib:g}: decoded on the fly"
         return f"clips {'; '.join(parts)}; {self.num_bytes / 2**20:.0f} MiB, {place}"
 
-    def batch(self, step: int) -> Tensor:
-        """Pictures of `step` (from 0), uint8 [B, T, 3, H, W]."""
+    def batch(self, step: int, ranks: Ranks = ALONE) -> Tensor:
+        """This rank's share of the pictures of `step` (from 0), uint8 [B, T, 3, H, W]."""
         stage = self.config.stage_at(step)
         generator = self.noise.generator("batch", 0, step)
         as_images = stage.frames == 1 or generator.random() < stage.image_share
@@ -107,7 +109,8 @@ class TrainingClips:
         clips = groups[generator.choice(len(groups), p=shares / shares.sum())]
         chosen = [clips[i] for i in generator.integers(len(clips), size=size)]
         starts = [int(generator.integers(clip.num_frames - frames + 1)) for clip in chosen]
-        videos = self._threads.map(lambda clip, start: self._window(clip, start, frames), chosen, starts)
+        mine = ranks.share(size)
+        videos = self._threads.map(lambda clip, start: self._window(clip, start, frames), chosen[mine], starts[mine])
         return self._augment(np.stack(list(videos)), stage, generator)
 
     def held_out_batches(self, frames: int, batch_size: int) -> list[tuple[Bucket, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,18 +17,22 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megatron_video.buckets import Bucket
+from megatron_video.buckets import Bucket, parse_bucket
 from megatron_video.contact_sheet import write_contact_sheet
 from megatron_video.generation import to_pixels
 from megatron_video.noise import NoiseSource
 from megatron_video.vae import VideoVAE, sample_posterior
 from megatron_video.vae.autoencoder import LOGVAR_RANGE
+from training.image_metrics import psnr, ssim
 from training.sample_folder import animated_gif
+from training.telemetry import write_json
 from training.vae_clips import Frames
 
 SHOWN_CLIPS = 3
 SHOWN_FRAMES = 5
 SHOWN_FPS = 12.0
+BEFORE = "before.json"
+BEFORE_FRAMES = "before.npz"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class HeldOut:
     psnr: float
     """dB, mean over clips, peak 2."""
     psnr_by_bucket: dict[str, float]
+    ssim: float
+    """Mean over clips, their frames and channels."""
+    ssim_by_bucket: dict[str, float]
     kl: float
     """Nats per latent element."""
     latent_mean: list[float]
@@ -55,6 +63,8 @@ class Reconstruction:
     bucket: Bucket
     original: Frames
     decoded: Frames
+    psnr: float
+    ssim: float
 
 
 def to_input(pixels: Tensor, device: torch.device) -> Tensor:
@@ -76,7 +86,7 @@ def evaluate(
     """
     noise = NoiseSource(seed, "vae-held-out")
     device = next(vae.parameters()).device
-    l1s, psnrs, kls, latents, pictures = [], [], [], [], []
+    l1s, kls, latents, pictures = [], [], [], list[Reconstruction]()
     seconds = 0.0
     for number, (bucket, pixels) in enumerate(batches):
         video = to_input(pixels, device)
@@ -89,18 +99,17 @@ def evaluate(
         if bucket == max(b for b, _ in batches):
             seconds = (time.perf_counter() - started) / len(pixels)
         l1s += (decoded - video).abs().mean(dim=(1, 2, 3, 4)).tolist()
-        mse = ((decoded - video) / 2).square().mean(dim=(1, 2, 3, 4)).clamp_min(1e-10)
-        psnrs += [(bucket.name, value) for value in (-10 * torch.log10(mse)).tolist()]
         kls.append(kl_divergence(moments).item())
         latents.append(draw.movedim(2, 0).flatten(1).cpu())
-        pictures += [Reconstruction(bucket, to_pixels(a), to_pixels(b)) for a, b in zip(video, decoded, strict=True)]
+        scores = zip(video, decoded, psnr(decoded, video).tolist(), ssim(decoded, video).tolist(), strict=True)
+        pictures += [Reconstruction(bucket, to_pixels(a), to_pixels(b), *pair) for a, b, *pair in scores]
     channels = torch.cat(latents, dim=1)
     held_out = HeldOut(
         l1=float(np.mean(l1s)),
-        psnr=float(np.mean([value for _, value in psnrs])),
-        psnr_by_bucket={
-            name: float(np.mean([value for other, value in psnrs if other == name])) for name in dict(psnrs)
-        },
+        psnr=float(np.mean([picture.psnr for picture in pictures])),
+        psnr_by_bucket=_by_bucket(pictures, "psnr"),
+        ssim=float(np.mean([picture.ssim for picture in pictures])),
+        ssim_by_bucket=_by_bucket(pictures, "ssim"),
         kl=float(np.mean(kls)),
         latent_mean=channels.mean(dim=1).tolist(),
         latent_std=channels.std(dim=1).tolist(),
@@ -116,22 +125,70 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def write_reconstructions(pictures: list[Reconstruction], path: Path) -> None:
-    """A PNG with a few clips of every bucket, each above its reconstruction."""
+def _by_bucket(pictures: list[Reconstruction], score: str) -> dict[str, float]:
+    names = dict.fromkeys(picture.bucket.name for picture in pictures)
+    return {name: float(np.mean([getattr(p, score) for p in pictures if p.bucket.name == name])) for name in names}
+
+
+def write_reconstructions(
+    pictures: list[Reconstruction], path: Path, before: list[Reconstruction] | None = None
+) -> None:
+    """A PNG with a few clips of every bucket, each above its reconstructions before and after training."""
     rows = []
-    for bucket in sorted({picture.bucket for picture in pictures}):
-        chosen = [picture for picture in pictures if picture.bucket == bucket][:SHOWN_CLIPS]
-        for number, picture in enumerate(chosen, start=1):
-            pair = np.concatenate([picture.original, picture.decoded], axis=1)
-            rows.append((f"{bucket.name} no. {number}: original, reconstruction", pair))
-    write_contact_sheet(rows, path, columns=SHOWN_FRAMES, scale=max(1, round(96 / rows[0][1].shape[1] * 2)))
+    for bucket, chosen in _shown(pictures).items():
+        earlier = _shown(before)[bucket] if before else [None] * len(chosen)
+        for number, (after, first) in enumerate(zip(chosen, earlier, strict=True), start=1):
+            parts = [after.original, *([first.decoded] if first else []), after.decoded]
+            scores = f"PSNR {after.psnr:.1f} dB, SSIM {after.ssim:.2f}"
+            scores = f"before {first.psnr:.1f} dB, {first.ssim:.2f}; after {scores}" if first else scores
+            rows.append((f"{bucket.name} no. {number}: {scores}", np.concatenate(parts, axis=1)))
+    write_contact_sheet(rows, path, columns=SHOWN_FRAMES, scale=max(1, round(192 / rows[0][1].shape[1])))
+
+
+def write_before(folder: Path, held_out: HeldOut, pictures: list[Reconstruction]) -> None:
+    """Keep what the first weights made of the clips that are shown at the end."""
+    shown = [picture for chosen in _shown(pictures).values() for picture in chosen]
+    arrays = {
+        f"{number}_{part}": getattr(p, part) for number, p in enumerate(shown) for part in ("original", "decoded")
+    }
+    temporary = folder / ".before.tmp.npz"
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, folder / BEFORE_FRAMES)
+    clips = [{"bucket": p.bucket.name, "psnr": p.psnr, "ssim": p.ssim} for p in shown]
+    write_json(folder / BEFORE, {"held_out": asdict(held_out), "clips": clips})
+
+
+def read_before(folder: Path) -> tuple[dict[str, Any], list[Reconstruction]] | None:
+    """What `write_before` kept: the fields of HeldOut and the clips; None if the run did not evaluate first."""
+    if not (folder / BEFORE).is_file():
+        return None
+    values = json.loads((folder / BEFORE).read_text(encoding="utf-8"))
+    with np.load(folder / BEFORE_FRAMES) as arrays:
+        pictures = [
+            Reconstruction(
+                parse_bucket(clip["bucket"]),
+                arrays[f"{number}_original"],
+                arrays[f"{number}_decoded"],
+                clip["psnr"],
+                clip["ssim"],
+            )
+            for number, clip in enumerate(values["clips"])
+        ]
+    return values["held_out"], pictures
+
+
+def _shown(pictures: list[Reconstruction]) -> dict[Bucket, list[Reconstruction]]:
+    buckets = sorted({picture.bucket for picture in pictures})
+    return {bucket: [p for p in pictures if p.bucket == bucket][:SHOWN_CLIPS] for bucket in buckets}
 
 
 class VAETelemetry:
-    """metrics.jsonl (every step), TensorBoard and console lines (every log_every steps)."""
+    """metrics.jsonl (every step), TensorBoard and console lines (every log_every steps); `active` on one rank only."""
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, log_every: int) -> None:
-        self.total_steps, self.log_every = total_steps, log_every
+    def __init__(self, folder: Path, first_step: int, total_steps: int, log_every: int, active: bool = True) -> None:
+        self.total_steps, self.log_every, self.active = total_steps, log_every, active
+        if not active:
+            return
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, desc="vae train", unit="step", disable=None)
@@ -139,12 +196,15 @@ class VAETelemetry:
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """Record one finished step (counted from 1)."""
+        if not self.active:
+            return
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         self._window.append(metrics)
         self._bar.update()
         if step % self.log_every == 0 or step == self.total_steps:
-            means = {name: sum(m[name] for m in self._window) / len(self._window) for name in metrics}
+            # Losses that began within the window have fewer values.
+            means = {name: float(np.mean([m[name] for m in self._window if name in m])) for name in metrics}
             self._window = []
             for name, value in means.items():
                 self._board.add_scalar(f"train/{name}", value, step)
@@ -157,6 +217,8 @@ class VAETelemetry:
 
     def log_held_out(self, step: int, held_out: HeldOut, pictures: list[Reconstruction]) -> None:
         """Record an evaluation, with one reconstructed clip of each bucket."""
+        if not self.active:
+            return
         values = asdict(held_out)
         self._lines.write(json.dumps({"step": step, "held_out": values}) + "\n")
         self._lines.flush()
@@ -170,15 +232,18 @@ class VAETelemetry:
         spread = f"{min(held_out.latent_std):.2f} to {max(held_out.latent_std):.2f}"
         self.say(
             f"step {step}: held out L1 {held_out.l1:.4f}, PSNR {held_out.psnr:.2f} dB ({by_bucket}), "
-            f"KL {held_out.kl:.3f}, latent std {spread}"
+            f"SSIM {held_out.ssim:.3f}, KL {held_out.kl:.3f}, latent std {spread}"
         )
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
-        self._bar.write(text)
+        if self.active:
+            self._bar.write(text)
 
     def close(self) -> None:
         """Flush and close the files."""
+        if not self.active:
+            return
         self._bar.close()
         self._lines.close()
         self._board.close()

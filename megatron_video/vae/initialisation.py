@@ -38,7 +38,9 @@ def initialise(vae: VideoVAE, seed: int) -> None:
         elif isinstance(module, CausalAttention):
             nn.init.zeros_(module.proj_out.conv.weight)
     moments = vae.encoder.conv_out.conv
-    moments.weight[vae.config.latent_channels :] *= 0.1
+    # The second half are log-variances, in a base VAE too, whose latents have another number of channels.
+    latent_channels = moments.out_channels // 2
+    moments.weight[latent_channels:] *= 0.1
     assert moments.bias is not None
-    moments.bias[vae.config.latent_channels :] = INITIAL_LOGVAR
+    moments.bias[latent_channels:] = INITIAL_LOGVAR
     vae.decoder.conv_out.weight *= OUTPUT_GAIN

@@ -20,7 +20,7 @@ from megatron_video.errors import UserError
 from megatron_video.manifest import table_from_rows, write_manifest
 from megatron_video.vae import load_vae
 from megatron_video.video_io import write_mp4
-from training import train_vae
+from training import train_vae, vae_run
 from training.config import PRESET_DIR
 from training.vae_clips import TrainingClips
 from training.vae_config import VAETrainConfig
@@ -85,15 +85,15 @@ def test_a_stopped_run_continues_bit_for_bit(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     report = train_vae.train(_config(manifest, whole))
-    original = train_vae.VAERun.train_step
+    original = vae_run.VAERun.train_step
 
-    def interrupted_at_three(run: train_vae.VAERun, pixels: torch.Tensor) -> dict[str, float]:
+    def interrupted_at_three(run: vae_run.VAERun, pixels: torch.Tensor) -> dict[str, float]:
         if run.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return original(run, pixels)
 
     assert threading.current_thread() is threading.main_thread()
-    monkeypatch.setattr(train_vae.VAERun, "train_step", interrupted_at_three)
+    monkeypatch.setattr(vae_run.VAERun, "train_step", interrupted_at_three)
     with pytest.raises(KeyboardInterrupt):
         train_vae.train(_config(manifest, stopped))
     assert [line["step"] for line in _steps(stopped)] == [1, 2, 3]
@@ -172,13 +172,14 @@ def test_unusable_data_is_refused(manifest: Path, tmp_path: Path) -> None:
         train_vae.train(_config(manifest, tmp_path, buckets=["34x32x32"]))
     with pytest.raises(UserError, match="no such manifest"):
         train_vae.train(_config(tmp_path / "m.parquet", tmp_path))
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    (tmp_path / "checkpoint.json").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="names no readable checkpoint"):
         train_vae.train(_config(manifest, tmp_path))
 
 
-def test_the_presets_are_valid() -> None:
-    config = load_config(VAETrainConfig, "vae_demo", ["manifest=m.parquet", "output=out"], PRESET_DIR)
+@pytest.mark.parametrize("preset", ["vae_demo", "vae_paper"])
+def test_the_presets_are_valid(preset: str) -> None:
+    config = load_config(VAETrainConfig, preset, ["manifest=m.parquet", "output=out"], PRESET_DIR)
     assert config.total_steps == sum(stage.steps for stage in config.stages)
     assert config.learning_rate_at(config.warmup_steps - 1) == config.learning_rate
     assert config.learning_rate_at(config.total_steps - 1) == pytest.approx(config.min_learning_rate)
