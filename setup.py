@@ -43,7 +43,6 @@ EXTRAS = {
     "vae": ["deepspeed>=0.19,<0.20"],
     # OCR of `data tag --models`; plots of `data filter --report` and `data balance`; clusters of `data balance`.
     "data": [
-        "deepspeed>=0.19,<0.20",
         "rapidocr>=3.8,<4",
         "onnxruntime>=1.20,<2",
         "matplotlib>=3.9,<4",
