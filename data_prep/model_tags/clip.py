@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from megatron_video.errors import UserError
 
-# model_type of config.json -> class of transformers
-_CLASSES = {"clip": "CLIPModel", "chinese_clip": "ChineseCLIPModel"}
+# model_type of config.json -> classes of transformers: model, preprocessing of pictures
+_CLASSES = {
+    "clip": ("CLIPModel", "CLIPImageProcessor"),
+    "chinese_clip": ("ChineseCLIPModel", "ChineseCLIPImageProcessor"),
+}
 _PREPARE_THREADS = 4
 
 
@@ -29,13 +32,10 @@ class ClipEncoder:
         Raises:
             UserError: no CLIP model there, or one whose weights are not complete.
         """
-        # AutoImageProcessor and not the class: the folder says which preprocessing its weights were trained with.
-        from transformers import AutoImageProcessor
-
         self.folder, self.device, self.dtype = folder, device, dtype
-        self._model = _load_model(folder).to(device, dtype).eval()
-        # Pillow's resize, also where torchvision is there: one machine's scores must be another's.
-        self._images = _from_folder(AutoImageProcessor, folder, use_fast=False)
+        model_class, processor_class = _classes(folder)
+        self._model = _load_model(model_class, folder).to(device, dtype).eval()
+        self._images = _from_folder(processor_class, folder)
         self._tokens: Any = None
         self.width: int = self._model.config.projection_dim
 
@@ -85,7 +85,7 @@ def clip_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in wanted)
 
 
-def _load_model(folder: Path) -> Any:
+def _classes(folder: Path) -> tuple[Any, Any]:
     import transformers
 
     try:
@@ -94,11 +94,22 @@ def _load_model(folder: Path) -> Any:
         raise UserError(f"{folder}: no CLIP model there (a folder with config.json and weights): {error}") from None
     if kind not in _CLASSES:
         raise UserError(f"{folder}/config.json: model_type {kind!r}; models that work here: {', '.join(_CLASSES)}")
-    loader = getattr(transformers, _CLASSES[kind])
+    model, processor = _CLASSES[kind]
+    # Pillow's resize, also where torchvision is there (transformers 5 has a class for each): one machine's scores must
+    # be another's.
+    pillow = getattr(transformers, f"{processor}Pil", None)
+    return getattr(transformers, model), pillow or getattr(transformers, processor)
+
+
+def _load_model(loader: Any, folder: Path) -> Any:
+    from transformers.utils import logging
+
+    # Its bars would write over the stage's own, once per worker.
+    logging.disable_progress_bar()
     model, report = _from_folder(loader, folder, output_loading_info=True)
     # transformers fills what a file lacks with random numbers and a warning: a made-up score.
-    if report["missing_keys"] or report.get("mismatched_keys"):
-        lacking = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
+    lacking = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in report.get(key) or ())
+    if lacking:
         raise UserError(f"{folder}: the weights lack or mismatch {len(lacking)} tensors, such as {lacking[0]}")
     return model
 
