@@ -98,6 +98,8 @@ class Run:
     """Options for all stages that have them, such as workers; a stage's own go before them."""
     only: str | None = None
     """Run this stage alone."""
+    until: str | None = None
+    """Run up to and with this stage."""
 
 
 def run_recipe(path: Path, run: Run) -> list[StageRun]:
@@ -108,7 +110,7 @@ def run_recipe(path: Path, run: Run) -> list[StageRun]:
     """
     work, steps = plan(path, run)
     if run.only:
-        step = _chosen(steps, run.only)
+        step = _chosen(steps, run.only, "--only")
         if "shard" in run.common and not step.spread:
             raise UserError(f"--shard {run.common['shard']}: {step.name} has no shards")
         # Tasks of an array are at work in one folder; the stage's own locks keep them apart.
@@ -116,7 +118,8 @@ def run_recipe(path: Path, run: Run) -> list[StageRun]:
     with run_lock(work / ".run.lock", work):
         known = {(done.name, done.output): done for done in read_runs(work)}
         runs: list[StageRun] = []
-        for step in steps:
+        last = _chosen(steps, run.until, "--until") if run.until else steps[-1]
+        for step in steps[: steps.index(last) + 1]:
             done = step.run()
             earlier = known.get((done.name, done.output))
             if earlier and done.report.get("up_to_date"):
@@ -208,10 +211,11 @@ def _option(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _chosen(steps: Sequence[Step], only: str) -> Step:
-    matching = [step for step in steps if only in (step.name, step.stage)]
+def _chosen(steps: Sequence[Step], name: str, option: str) -> Step:
+    matching = [step for step in steps if name in (step.name, step.stage)]
     if len(matching) != 1:
-        raise UserError(f"--only {only}: {len(matching)} of the recipe's stages; {', '.join(s.name for s in steps)}")
+        names = ", ".join(step.name for step in steps)
+        raise UserError(f"{option} {name} fits {len(matching)} of the recipe's stages, not one; they are: {names}")
     return matching[0]
 
 

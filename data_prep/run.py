@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     missing = [name for name, value in (("--in", arguments.source), ("--work", arguments.work)) if value is None]
     if missing:
         raise UserError(f"data run without --recipe needs {' and '.join(missing)}")
-    if arguments.only or arguments.shard:
-        raise UserError("--only and --shard need --recipe")
+    if arguments.only or arguments.until or arguments.shard or arguments.engine:
+        raise UserError("--only, --until, --shard and --engine need --recipe")
     workers = arguments.workers or default_workers()
     reports = run(arguments.source, arguments.work, arguments.min_frames, arguments.rules, workers)
     if arguments.json:
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--recipe", type=Path, metavar="YAML", help="stages and their options")
     recipe.add_argument("--engine", choices=["local", "ray"], help="of the stages that map rows")
     recipe.add_argument("--only", metavar="STAGE", help="run this stage of the recipe alone")
+    recipe.add_argument("--until", metavar="STAGE", help="stop after this stage")
     recipe.add_argument("--shard", metavar="I/N", help="with --only: do part I (from 0) of N")
     plain = parser.add_argument_group("without")
     plain.add_argument("--min-frames", type=int, default=segment.MIN_FRAMES, help="shorter clips are dropped")
@@ -92,9 +93,11 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe(arguments: argparse.Namespace) -> int:
     if arguments.shard and not arguments.only:
         raise UserError("--shard needs --only STAGE: every stage waits for all shards of the one before")
+    if arguments.only and arguments.until:
+        raise UserError(f"--only {arguments.only} and --until {arguments.until} exclude each other")
     common = {name: getattr(arguments, name) for name in ("workers", "engine", "shard")}
     common = {name: value for name, value in common.items() if value is not None}
-    runs = run_recipe(arguments.recipe, Run(arguments.source, arguments.work, common, arguments.only))
+    runs = run_recipe(arguments.recipe, Run(arguments.source, arguments.work, common, arguments.only, arguments.until))
     if arguments.json:
         print(json.dumps([asdict(one) for one in runs], ensure_ascii=False))
     else:

@@ -1,0 +1,103 @@
+"""Every row stage killed in the middle, and out of disk: the same command then makes the same manifest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tiny_pipeline import STAGES, Pipeline, data, make_pipeline
+
+from data_prep.workers import parallel_map
+from megatron_video.errors import UserError
+
+HAS_FAISS = find_spec("faiss") is not None
+NEEDS_FAISS = pytest.mark.skipif(not HAS_FAISS, reason="balance needs faiss, of the extra `data`")
+
+# SIGKILL at the given rename: everything that is written for good is renamed, so these are the worst moments.
+KILLED = """
+import os, signal, sys
+from data_prep import cli, stage
+stage.PART_ROWS = 2
+rename, left = os.replace, [int(sys.argv[1])]
+def replace(*names):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*names)
+os.replace = replace
+sys.exit(cli.main(sys.argv[2:]))
+"""
+# Files may have 2 kB: a manifest does not fit, a lock does.
+FULL = """
+import resource, sys
+from data_prep import cli
+from megatron_video.cli import run_command
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+sys.exit(run_command(cli.main, sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return make_pipeline(tmp_path_factory.mktemp("pipeline"), STAGES if HAS_FAISS else STAGES[:-1])
+
+
+def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "rename"),
+    [
+        ("ingest", 2),
+        ("ingest", 5),
+        ("segment", 2),
+        ("tag", 2),
+        ("filter", 1),
+        ("caption", 1),
+        pytest.param("balance", 1, marks=NEEDS_FAISS),
+    ],
+)
+def test_a_killed_stage_goes_on_to_the_same_manifest(
+    pipeline: Pipeline, tmp_path: Path, stage: str, rename: int
+) -> None:
+    out = tmp_path / pipeline.manifest(stage).name
+    arguments = pipeline.arguments(stage, out)
+    killed = python(KILLED, rename, *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    assert data(*arguments) == 0
+    assert out.read_bytes() == pipeline.manifest(stage).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("stage", ["ingest", "tag", "filter"])
+def test_a_full_disk_is_a_clear_error_and_can_be_gone_on_from(pipeline: Pipeline, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / pipeline.manifest(stage).name
+    arguments = pipeline.arguments(stage, out)
+    full = python(FULL, *arguments)
+    assert full.returncode == 2, full.stderr
+    assert "Traceback" not in full.stderr
+    assert str(tmp_path) in full.stderr
+    assert "same command again" in full.stderr
+    assert not out.exists()
+    assert data(*arguments) == 0
+    assert out.read_bytes() == pipeline.manifest(stage).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def die(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_worker_process_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match=r"a worker process was killed.*--workers 2"):
+        list(parallel_map(die, range(6), workers=2))
