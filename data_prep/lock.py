@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data_prep.workers import Shard
 from megatron_video.errors import UserError
 
 
@@ -52,6 +53,24 @@ def run_lock(path: Path, output: str | Path) -> Iterator[None]:
         # Before it is let go, or the next run's file would be removed.
         path.unlink(missing_ok=True)
         os.close(lock)
+
+
+@contextmanager
+def share_lock(path: Path, output: str | Path, shard: Shard | None) -> Iterator[None]:
+    """`run_lock` of an output, or of one share of it, which others may hold beside it.
+
+    Raises:
+        LockedError: another run holds the same share or the whole, or, for the whole, any share of it.
+    """
+    own = path if shard is None else path.with_name(f"{path.name}.{shard.index}-of-{shard.count}")
+    with run_lock(own, output):
+        # Own lock first, then a look at the others: two that start at once may both be refused, but never both run.
+        others = [path] if shard else sorted(path.parent.glob(f"{path.name}.*-of-*"))
+        for other in others:
+            holder = holder_of(other)
+            if holder:
+                raise LockedError(_refusal(other, output, holder))
+        yield
 
 
 def holder_of(path: Path) -> Holder | None:

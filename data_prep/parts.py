@@ -18,7 +18,7 @@ from typing import Generic, TypeVar, overload
 import pyarrow as pa
 
 from data_prep.disk import disk_errors
-from data_prep.lock import LockedError, holder_of, run_lock
+from data_prep.lock import share_lock
 from data_prep.workers import Shard
 from megatron_video.manifest import Row, read_manifest, table_from_rows, write_manifest
 
@@ -134,18 +134,11 @@ def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None
         LockedError: another run holds it, or, for the whole, a share of it.
         UserError: the disk is full.
     """
-    manifest_out.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(manifest_out.parent), run_lock(_lock_path(manifest_out, shard), manifest_out):
-        # Own lock first, then a look at the others: two that start at once may both be refused, but never both run.
-        others = (
-            [_lock_path(manifest_out, None)] if shard else sorted(manifest_out.parent.glob(_shard_locks(manifest_out)))
-        )
-        for path in others:
-            holder = holder_of(path)
-            if holder:
-                raise LockedError(f"--out {manifest_out}: another run is writing there ({holder}); wait for it")
+    folder = manifest_out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder), share_lock(manifest_out.with_name(f".{manifest_out.name}.lock"), manifest_out, shard):
         if shard is None:
-            for leftover in manifest_out.parent.glob(f".{manifest_out.name}.*.tmp"):
+            for leftover in folder.glob(f".{manifest_out.name}.*.tmp"):
                 leftover.unlink()
         yield
 
@@ -159,12 +152,3 @@ def clear_parts(manifest_out: Path, keep: Path | None = None) -> None:
 
 def _folder_stem(manifest_out: Path) -> str:
     return f".{manifest_out.name}.parts"
-
-
-def _shard_locks(manifest_out: Path) -> str:
-    return f".{manifest_out.name}.shard-*.lock"
-
-
-def _lock_path(manifest_out: Path, shard: Shard | None) -> Path:
-    part = f"shard-{shard.index}-of-{shard.count}." if shard else ""
-    return manifest_out.with_name(f".{manifest_out.name}.{part}lock")
