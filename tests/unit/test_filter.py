@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import filter_bench
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from data_prep import filter as filter_stage
 from data_prep.filter_report import Histograms
 from data_prep.filter_rules import load_rules, steps_of
 from data_prep.manifest_stream import iter_manifest
+from data_prep.model_tags import load_models_config, model_fingerprints
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import (
@@ -277,3 +279,19 @@ def test_the_papers_rules_have_six_subsets_each_stricter(tmp_path: Path) -> None
     sizes = list(left.values())
     assert all(wide > narrow for wide, narrow in pairwise(sizes))
     assert report.kept == left["step1_duration_alignment"]
+
+
+def test_the_benchmarks_ways_make_the_same_table(tmp_path: Path) -> None:
+    source, rules = tmp_path / "source.parquet", rules_file(tmp_path / "rules.yaml", filter_bench.RULES)
+    filter_bench.write_source(source, 3000)
+    kept = {filter_bench.run_ours(source, tmp_path / "a.parquet", rules)}
+    kept |= {filter_bench.run_whole_table(source, tmp_path / "b.parquet", rules)}
+    kept |= {filter_bench.run_dry(source, tmp_path / "c.parquet", rules)}
+    assert read_manifest(tmp_path / "a.parquet").equals(read_manifest(tmp_path / "b.parquet"))
+    assert len(kept) == 1
+    assert 1000 < kept.pop() < 3000
+
+
+def test_the_template_of_model_tags_is_valid_and_skips_all() -> None:
+    config = load_models_config(filter_stage.DEFAULT_RULES.with_name("tag_models.yaml"))
+    assert model_fingerprints(config) == {}
