@@ -217,6 +217,7 @@ def _figures(balanced: Balanced) -> dict[str, Any]:
         "sum of weights": round(float(balanced.weight.sum()), 2),
         "largest weight": _rounded(balanced.weight[kept].max(initial=0.0)),
         "smallest weight": _rounded(balanced.weight[kept].min(initial=np.inf)),
+        "seconds": balanced.seconds,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,8 @@ class Balanced:
     """float32 [n]: cosine with the nearest better clip of its cluster that is kept; -1 = none."""
     weight: npt.NDArray[np.float64]
     """float64 [n]; 0 for clips that are not kept."""
+    seconds: dict[str, float]
+    """How long each step took."""
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:
@@ -96,14 +99,20 @@ def balance_vectors(
         hashes: uint8 [n, bytes] and no hash = all zeros; None = not looked at.
         work: folder where the centres are kept, so that a stopped run does not train again.
     """
+    clock = _Clock()
     usable = vectors.usable()
+    clock.mark("look at vectors")
     centers = _centers(vectors, usable, settings, work / "centers.npy")
+    clock.mark("train centres")
     assigned = assign(vectors, usable, centers)
     cluster = assigned.cluster
+    clock.mark("assign")
     outlier = find_outliers(cluster, assigned.similarity, settings)
     left = order[(cluster[order] >= 0) & ~outlier[order]]
     keeper, nearest = _by_cosine(vectors, left, assigned, settings.duplicate_similarity)
+    clock.mark("duplicates by embedding")
     by_hash = _by_hash(hashes, left, keeper, settings)
+    clock.mark("duplicates by hash")
     kept = (cluster >= 0) & ~outlier & (keeper < 0)
     sizes = np.bincount(cluster[kept], minlength=len(centers))
     weights = cluster_weights(sizes, settings.temperature, settings.max_weight)
@@ -116,7 +125,21 @@ def balance_vectors(
         by_hash=by_hash,
         nearest=nearest,
         weight=np.where(kept, weights[cluster], 0.0),
+        seconds=clock.seconds,
     )
+
+
+class _Clock:
+    """Seconds since the mark before, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def mark(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 2)
+        self._last = now
 
 
 def find_outliers(

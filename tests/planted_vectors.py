@@ -38,7 +38,7 @@ def plant(
     `copy_noise`; an outlier is noise only.
     """
     rng = np.random.default_rng(seed)
-    centers = _unit(rng.standard_normal((clusters, width)))
+    centers = _unit(_normal(rng, clusters, width))
     share = 1 / np.arange(1, clusters + 1)
     label = rng.choice(clusters, clips, p=share / share.sum()).astype(np.int32)
     kind = rng.random(clips)
@@ -52,13 +52,13 @@ def plant(
     data = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(clips, width))
     for start in range(0, clips, size):
         rows = np.arange(start, min(start + size, clips))
-        block = centers[label[rows]] + spread * _unit(rng.standard_normal((len(rows), width)))
-        block[label[rows] < 0] = _unit(rng.standard_normal(((label[rows] < 0).sum(), width)))
+        block = centers[label[rows]] + spread * _unit(_normal(rng, len(rows), width))
+        block[label[rows] < 0] = _unit(_normal(rng, int((label[rows] < 0).sum()), width))
         here = original[(original >= start) & (original < start + size)]
         copy = rows[is_copy[rows]]
         if len(here) and len(copy):
             copy_of[copy] = rng.choice(here, len(copy))
-            noise = copy_noise * _unit(rng.standard_normal((len(copy), width)))
+            noise = copy_noise * _unit(_normal(rng, len(copy), width))
             block[copy - start] = _unit(block[copy_of[copy] - start]) + noise
             label[copy] = label[copy_of[copy]]
         data[start : start + len(rows)] = _unit(block)
@@ -73,6 +73,10 @@ def purity(found: np.ndarray, label: np.ndarray) -> float:
     largest = np.zeros(pairs[0].max() + 1, np.int64)
     np.maximum.at(largest, pairs[0], count)
     return float(largest.sum() / real.sum())
+
+
+def _normal(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
+    return rng.standard_normal((rows, width), dtype=np.float32)
 
 
 def _unit(block: np.ndarray) -> np.ndarray:

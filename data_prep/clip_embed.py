@@ -1,0 +1,156 @@
+"""Embeddings of clips by a local CLIP model, as a Parquet file that balance and other tools read.
+
+A clip's vector is the mean of the unit vectors of its frames, or its caption's, or the mean of both; of length 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_prep.caption_config import clip_frames
+from data_prep.model_tags.clip import ClipEncoder, clip_encoder, clip_files
+from data_prep.stage import fingerprint_of
+from data_prep.workers import progress
+from megatron_video.errors import UserError
+from megatron_video.fingerprint import fingerprint_files
+from megatron_video.manifest import Row, read_manifest
+from megatron_video.shard_schema import file_sha256
+from megatron_video.video_io import VideoError
+
+NUM_FRAMES = 8
+# Twice what CLIP sees, so that its own preprocessing still decides how it is shrunk.
+LONG_SIDE = 768
+Embedded = Literal["frames", "caption", "both"]
+PART_CLIPS = 1024
+_FINGERPRINT_KEY = b"megatron_video.embeddings"
+_COLUMNS = ("clip_id", "source", "caption", "is_image", "start_frame", "end_frame", "width", "height", "dropped_by")
+_BOX = ("border_share", "crop_x", "crop_y", "crop_width", "crop_height")
+
+
+def embed_clips(
+    manifest: Path,
+    folder: Path,
+    target: Path,
+    what: Embedded,
+    device: str = "cpu",
+    batch_size: int = 8,
+    workers: int = 1,
+) -> None:
+    """Write clip_id and embedding (null where a clip cannot be read) of all kept rows to `target`.
+
+    Finished parts lie beside it until it is complete, and the same command goes on from them.
+
+    Args:
+        folder: CLIP or Chinese CLIP for transformers.
+        workers: threads that decode.
+
+    Raises:
+        UserError: no model there, or `target` was made of something else.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--clip {folder}: no such folder; nothing is downloaded")
+    settings = {"what": what, "model": fingerprint_files(clip_files(folder)), "frames": NUM_FRAMES}
+    fingerprint = fingerprint_of("embed", settings, file_sha256(manifest))
+    if _is_made(target, fingerprint):
+        return
+    parts = target.with_name(f".{target.name}-{fingerprint[:12]}")
+    parts.mkdir(parents=True, exist_ok=True)
+    table = read_manifest(manifest).select([*_COLUMNS, *_BOX])
+    kept = table.filter(table["dropped_by"].is_null())
+    files = [parts / f"{start:010d}.parquet" for start in range(0, kept.num_rows, PART_CLIPS)]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    encoder = clip_encoder(folder, torch.device(device), torch.float32)
+    with ThreadPoolExecutor(max(workers, 1)) as threads:
+        for number in progress(missing, len(missing), "embed", unit="part"):
+            rows = kept.slice(number * PART_CLIPS, PART_CLIPS).to_pylist()
+            _write_part(files[number], rows, list(_embed(rows, encoder, what, batch_size, threads)))
+    _join(files, target, fingerprint)
+    shutil.rmtree(parts)
+
+
+def _embed(
+    rows: Sequence[Row], encoder: ClipEncoder, what: Embedded, batch_size: int, threads: ThreadPoolExecutor
+) -> Iterator[list[float] | None]:
+    # One batch is decoded while the one before it is in the model.
+    coming = [threads.submit(_pictures, row) for row in rows[:batch_size]] if what != "caption" else []
+    for start in range(0, len(rows), batch_size):
+        batch, ready = rows[start : start + batch_size], coming
+        following = rows[start + batch_size : start + 2 * batch_size]
+        coming = [threads.submit(_pictures, row) for row in following] if what != "caption" else []
+        pictures = [future.result() for future in ready]
+        vectors = [_of_frames(frames, encoder) for frames in pictures] if ready else [None] * len(batch)
+        if what != "frames":
+            vectors = [_joined(v, t, what) for v, t in zip(vectors, _of_captions(batch, encoder), strict=True)]
+        yield from (None if vector is None else vector.tolist() for vector in vectors)
+
+
+def _pictures(row: Row) -> np.ndarray | None:
+    try:
+        return clip_frames(row, NUM_FRAMES, LONG_SIDE)
+    except VideoError:
+        return None
+
+
+def _of_frames(frames: np.ndarray | None, encoder: ClipEncoder) -> Tensor | None:
+    return None if frames is None else F.normalize(encoder.embed_images(list(frames)).mean(dim=0), dim=0)
+
+
+def _of_captions(rows: Sequence[Row], encoder: ClipEncoder) -> list[Tensor | None]:
+    texts = [row["caption"] or "" for row in rows]
+    vectors = encoder.embed_texts(texts)
+    return [vector if text else None for vector, text in zip(vectors, texts, strict=True)]
+
+
+def _joined(frames: Tensor | None, text: Tensor | None, what: Embedded) -> Tensor | None:
+    if what == "caption":
+        return text
+    return None if frames is None or text is None else F.normalize(frames + text, dim=0)
+
+
+def _write_part(file: Path, rows: Sequence[Row], vectors: Sequence[list[float] | None]) -> None:
+    table = pa.table(
+        {
+            "clip_id": pa.array([row["clip_id"] for row in rows], pa.string()),
+            "embedding": pa.array(vectors, pa.list_(pa.float32())),
+        }
+    )
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary)
+    os.replace(temporary, file)
+
+
+def _join(files: Sequence[Path], target: Path, fingerprint: str) -> None:
+    schema = pa.schema(
+        [("clip_id", pa.string()), ("embedding", pa.list_(pa.float32()))],
+        metadata={_FINGERPRINT_KEY: fingerprint.encode()},
+    )
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Part by part: all vectors together may be larger than memory.
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for file in files:
+            writer.write_table(pq.read_table(file).cast(schema))
+    os.replace(temporary, target)
+
+
+def _is_made(target: Path, fingerprint: str) -> bool:
+    if not target.exists():
+        return False
+    try:
+        found = (pq.read_schema(target).metadata or {}).get(_FINGERPRINT_KEY)
+    except (pa.ArrowInvalid, OSError):
+        found = None
+    if found is None:
+        raise UserError(f"--save-embeddings {target} would overwrite a file that this command did not write")
+    return bool(found.decode() == fingerprint)
