@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from data_prep.decode import Decoder, build_decoder
 from data_prep.encode_plan import STAGE, PlannedShard, window_of
 from megatron_video.buckets import Bucket, crop_of
 from megatron_video.errors import UserError
@@ -16,13 +18,25 @@ from megatron_video.manifest import Row, dropped
 from megatron_video.shard_schema import ShardSample, file_sha256
 from megatron_video.text import TextEncoders, TextStates, text_folders
 from megatron_video.vae import VideoVAE, load_vae
-from megatron_video.video_io import VideoError, read_frames
+from megatron_video.video_io import VideoError
+
+# Told which clip is about to be decoded, and None when its decoding is over.
+Watch = Callable[[str | None], None]
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """How to go about a shard on which processes have died: one clip after another, so that the guilty one is seen."""
+
+    watch: Watch
+    deadly: frozenset[str] = frozenset()
+    """Ids of clips that are not decoded again."""
 
 
 class ClipEncoder:
     """The two encoders on one device."""
 
-    def __init__(self, vae: Path, text: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Path, text: Path, device: torch.device, dtype: torch.dtype, decoder: str = "pyav") -> None:
         """Load the weights.
 
         Args:
@@ -30,13 +44,15 @@ class ClipEncoder:
             text: folder with both text encoders.
             device: where they run.
             dtype: of their arithmetic.
+            decoder: "pyav" or "dali".
         """
         self.device = device
+        self.decoder: Decoder = build_decoder(decoder, device)
         self.vae: VideoVAE = load_vae(vae, device=device, dtype=dtype)
         self.text = TextEncoders.load(*text_folders(text), device, dtype)
 
     def encode_shard(
-        self, shard: PlannedShard, batch_size: int, threads: ThreadPoolExecutor
+        self, shard: PlannedShard, batch_size: int, threads: ThreadPoolExecutor, suspicion: Suspicion | None = None
     ) -> Iterator[tuple[Row, ShardSample | None]]:
         """Yield each row of the shard in order, with its sample, or dropped and with None.
 
@@ -44,11 +60,14 @@ class ClipEncoder:
         """
         captions: dict[str, TextStates] = {}
         batches = [shard.rows[start : start + batch_size] for start in range(0, len(shard.rows), batch_size)]
-        pending = _submit(threads, batches[0], shard.bucket)
+        pending = [] if suspicion else self._submit(threads, batches[0], shard.bucket)
         for number, rows in enumerate(batches):
-            decoded = [future.result() for future in pending]
-            # The next batch is decoded while this one is encoded; more would only hold memory.
-            pending = _submit(threads, batches[number + 1], shard.bucket) if number + 1 < len(batches) else []
+            if suspicion:
+                decoded = [self._decode_watched(row, shard.bucket, suspicion) for row in rows]
+            else:
+                decoded = [future.result() for future in pending]
+                # The next batch is decoded while this one is encoded; more would only hold memory.
+                pending = self._submit(threads, batches[number + 1], shard.bucket) if rows is not batches[-1] else []
             self._add_captions(captions, [row["caption"] for row in rows])
             yield from self._encode_batch(rows, decoded, captions, shard.bucket)
 
@@ -64,7 +83,7 @@ class ClipEncoder:
     def _encode_batch(
         self,
         rows: Sequence[Row],
-        decoded: Sequence[np.ndarray | VideoError],
+        decoded: Sequence[Tensor | VideoError],
         captions: dict[str, TextStates],
         bucket: Bucket,
     ) -> Iterator[tuple[Row, ShardSample | None]]:
@@ -84,11 +103,31 @@ class ClipEncoder:
             yield row, ShardSample(row["clip_id"], latent, states.llm, states.clip, _metadata(row, bucket, states))
 
     @torch.inference_mode()
-    def _moments(self, videos: Sequence[np.ndarray]) -> torch.Tensor:
+    def _moments(self, videos: Sequence[Tensor]) -> Tensor:
         """uint8 [T, H, W, 3] each -> [B, t, 2z, h, w] on the CPU, as it will be stored."""
         # To the device as bytes, a quarter of what floats would take.
-        pixels = torch.from_numpy(np.stack(videos)).to(self.device).permute(0, 1, 4, 2, 3)
-        return self.vae.encode_moments(pixels.float() / 127.5 - 1).to("cpu", torch.bfloat16)
+        pixels = torch.stack([video.to(self.device) for video in videos]).permute(0, 1, 4, 2, 3)
+        return self.vae.encode_moments(pixels).to("cpu", torch.bfloat16)
+
+    def _submit(
+        self, threads: ThreadPoolExecutor, rows: Sequence[Row], bucket: Bucket
+    ) -> list[Future[Tensor | VideoError]]:
+        return [threads.submit(self._decode, row, bucket) for row in rows]
+
+    def _decode(self, row: Row, bucket: Bucket) -> Tensor | VideoError:
+        # A failure is a value, as it concerns this clip only.
+        try:
+            return self.decoder.decode(row, bucket)
+        except VideoError as error:
+            return error
+
+    def _decode_watched(self, row: Row, bucket: Bucket, suspicion: Suspicion) -> Tensor | VideoError:
+        if row["clip_id"] in suspicion.deadly:
+            return VideoError(f"{row['source']}: the process that decodes it dies every time")
+        suspicion.watch(row["clip_id"])
+        decoded = self._decode(row, bucket)
+        suspicion.watch(None)
+        return decoded
 
 
 def vae_fingerprint(path: Path) -> str:
@@ -106,20 +145,6 @@ def vae_fingerprint(path: Path) -> str:
     # The configuration first: the same weights under other sizes are another model.
     named = [file for file in files if file.name == "config.json"] + weights
     return "-".join(file_sha256(file)[:16] for file in named)
-
-
-def _submit(threads: ThreadPoolExecutor, rows: Sequence[Row], bucket: Bucket) -> list[Future[np.ndarray | VideoError]]:
-    return [threads.submit(_decode, row, bucket) for row in rows]
-
-
-def _decode(row: Row, bucket: Bucket) -> np.ndarray | VideoError:
-    """uint8 [T, H, W, 3] in the bucket's size; a failure is a value, as it concerns this clip only."""
-    start, _ = window_of(row, bucket)
-    size = (bucket.height, bucket.width)
-    try:
-        return read_frames(row["source"], start, bucket.frames, size=size, crop=crop_of(row))
-    except VideoError as error:
-        return error
 
 
 def _metadata(row: Row, bucket: Bucket, states: TextStates) -> dict[str, object]:

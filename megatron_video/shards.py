@@ -10,11 +10,14 @@ is written last: a folder without it is unfinished. shard_schema.py has the name
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -75,8 +78,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tar.close()
         try:
+            # Closing writes the end of the tar, which fails too where the disk is full.
+            self._tar.close()
             # A shard without samples is not written.
             if kind is None and self._rows:
                 self._publish()
@@ -90,20 +94,31 @@ class ShardWriter:
             UserError: the latent does not fit the bucket, the key is taken or has a dot, or the text has a wrong shape.
         """
         self._check(sample, bucket)
-        payloads = encode_sample(sample)
-        offsets = {payload: self._append(sample.key, payload, content) for payload, content in payloads.items()}
-        row: dict[str, Any] = {"key": sample.key, "shard": self.name, "bucket": bucket.name, **bucket._asdict()}
+        self.add_encoded(sample.key, encode_sample(sample), bucket, len(sample.llm))
+
+    def add_encoded(self, key: str, payloads: Mapping[str, bytes], bucket: Bucket, llm_tokens: int) -> None:
+        """Append a sample by its three payloads, as `encode_sample` made them or `ShardDataset.payloads` read them.
+
+        Raises:
+            UserError: the key is taken or has a dot.
+        """
+        self._check_key(key)
+        offsets = {payload: self._append(key, payload, content) for payload, content in payloads.items()}
+        row: dict[str, Any] = {"key": key, "shard": self.name, "bucket": bucket.name, **bucket._asdict()}
         row |= {f"latent_{name}": size for name, size in bucket.latent_shape._asdict().items()}
         for payload, content in payloads.items():
             row |= {f"{payload}_offset": offsets[payload], f"{payload}_size": len(content)}
-        row |= {"llm_tokens": len(sample.llm), "checksum": crc32(payloads.values())}
-        self._rows[sample.key] = row
+        row |= {"llm_tokens": llm_tokens, "checksum": crc32(payloads.values())}
+        self._rows[key] = row
+
+    def _check_key(self, key: str) -> None:
+        if key in self._rows:
+            raise UserError(f"{self.name}: key {key} is there already; keys must be unique over the data set")
+        if "." in key or "/" in key:
+            raise UserError(f"key {key!r} must not hold '.' or '/': webdataset would split it there")
 
     def _check(self, sample: ShardSample, bucket: Bucket) -> None:
-        if sample.key in self._rows:
-            raise UserError(f"{self.name}: key {sample.key} is there already; keys must be unique over the data set")
-        if "." in sample.key or "/" in sample.key:
-            raise UserError(f"key {sample.key!r} must not hold '.' or '/': webdataset would split it there")
+        self._check_key(sample.key)
         check_fits(f"sample {sample.key}", bucket, sample.moments)
         if sample.llm.ndim != 2 or sample.clip.ndim != 2 or not len(sample.llm):
             shapes = f"llm {list(sample.llm.shape)}, clip {list(sample.clip.shape)}"
@@ -158,16 +173,24 @@ class ShardDataset:
         Raises:
             UserError: the shard is missing, ends early, or its bytes changed; names the file and the key.
         """
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        key, shard = self.index["key"][number].as_py(), str(self._columns["shard"][number])
-        where = f"{self.folder / shard}: sample {key}"
-        payloads = {payload: self._read(number, shard, payload, where) for payload in PAYLOADS}
-        if self.verify and crc32(payloads.values()) != self._columns["checksum"][number]:
-            raise UserError(f"{where}: checksum differs from the index: the file is damaged; encode this shard again")
+        payloads = self.payloads(number)
+        key, where = self.index["key"][number].as_py(), self._where(number)
         sample = decode_sample(key, payloads, where)
         check_fits(where, parse_bucket(self.index["bucket"][number].as_py()), sample.moments, self.dataset_info)
         return sample
+
+    def payloads(self, number: int) -> dict[str, bytes]:
+        """The three payloads of a sample as they are stored, in the order of `PAYLOADS`; raises as `[number]` does."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        shard, where = str(self._columns["shard"][number]), self._where(number)
+        payloads = {payload: self._read(number, shard, payload, where) for payload in PAYLOADS}
+        if self.verify and crc32(payloads.values()) != self._columns["checksum"][number]:
+            raise UserError(f"{where}: checksum differs from the index: the file is damaged; encode this shard again")
+        return payloads
+
+    def _where(self, number: int) -> str:
+        return f"{self.folder / str(self._columns['shard'][number])}: sample {self.index['key'][number].as_py()}"
 
     @property
     def null_text(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +228,44 @@ class ShardDataset:
         if len(self._files) > _OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+
+def copy_shard(dataset: ShardDataset, record: Mapping[str, Any], folder: Path, name: str, link: bool) -> None:
+    """Put a finished shard into another folder under another name, byte for byte; as a hard link where `link` can.
+
+    Args:
+        record: the shard's entry in `dataset.dataset_info.shards`; its checksum is compared.
+
+    Raises:
+        UserError: the tar is missing, or changed since it was written.
+    """
+    (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    source, temporary = dataset.folder / record["name"], folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        _link_or_copy(source, temporary, link)
+        if file_sha256(temporary) != record["sha256"]:
+            raise UserError(f"{source}: checksum differs: the file changed since it was written; encode it again")
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    rows = dataset.index.filter(pc.equal(dataset.index["shard"], record["name"]))
+    rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array([name] * len(rows), pa.string()))
+    record = {**record, "name": name}
+    _write_parquet(rows.replace_schema_metadata({"shard": json.dumps(record)}), index_part(folder, name))
+
+
+def _link_or_copy(source: Path, target: Path, link: bool) -> None:
+    if not source.is_file():
+        raise UserError(f"{source}: missing; encode this shard again")
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            # Another file system, or one without links.
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+    shutil.copyfile(source, target)
 
 
 def finish_dataset(folder: str | Path, info: DatasetInfo) -> DatasetInfo:

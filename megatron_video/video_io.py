@@ -289,7 +289,9 @@ def _cover(width: int, height: int, size: tuple[int, int] | None, scaler: str) -
     factor = max(target_height / height, target_width / width)
     # Rounding must not leave the picture a pixel short of the target.
     scaled_width, scaled_height = max(target_width, round(width * factor)), max(target_height, round(height * factor))
+    # Even offsets: this crop comes before the conversion to RGB, and an odd one would shift the halved colour planes.
+    left, top = (scaled_width - target_width) // 4 * 2, (scaled_height - target_height) // 4 * 2
     return [
         ("scale", f"{scaled_width}:{scaled_height}:flags={scaler}"),
-        ("crop", f"{target_width}:{target_height}:exact=1"),
+        ("crop", f"{target_width}:{target_height}:{left}:{top}:exact=1"),
     ]
