@@ -17,12 +17,20 @@ STAGES: dict[str, tuple[str, str]] = {
     ),
     "ingest": ("data_prep.ingest", "folder or listing of videos with captions -> manifest (probe, hash, language)"),
     "segment": ("data_prep.segment", "split at cuts, drop the first and last frames; a clip is a span of its file"),
-    "tag": ("data_prep.tag", "black borders, blur, saturation, brightness, motion"),
-    "filter": ("data_prep.filter", "drop clips whose tags are outside thresholds (YAML)"),
+    "tag": ("data_prep.tag", "borders, blur, colour, motion, text, hash; with --models scores of networks"),
+    "filter": ("data_prep.filter", "thresholds (YAML) on tags: drops, named subsets, plots of what was removed"),
     "caption": ("data_prep.caption", "short and dense captions from a model, an endpoint or a file; the title"),
     "balance": ("data_prep.balance", "clusters of embeddings, outliers, near-duplicates, sampling weights"),
     "encode": ("data_prep.encode", "Video-VAE moments and text states -> webdataset shards with an index"),
     "verify": ("data_prep.verify", "check every shard against its index, checksums and manifest"),
+    "inspect": (
+        "data_prep.inspect_shards",
+        "statistics of shards, tables and plots; latents decoded to a picture",
+    ),
+    "merge": ("data_prep.merge", "join folders of shards that were made with the same encoders"),
+    "split": ("data_prep.split", "deal samples out over several folders, such as train and test"),
+    "reshard": ("data_prep.reshard", "write shards of another size, on demand in another order"),
+    "blend": ("data_prep.blend", "write or check a YAML file that names folders of shards and their weights"),
     "run": ("data_prep.run", "ingest, segment, tag and filter in one go"),
 }
 
