@@ -102,7 +102,7 @@ class Selection(Sequence[Item], Generic[Item]):
 
 
 class TableRows(Sequence[Row]):
-    """Rows of a table, made into Python objects as they are asked for: those take twenty times the memory."""
+    """Rows of a table, made into Python objects as they are asked for: those take three times the memory."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
