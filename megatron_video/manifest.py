@@ -70,7 +70,7 @@ VERSION_1_COLUMNS: _Columns = (
 )
 # New columns go here; all of them may be null.
 VERSION_2_COLUMNS: _Columns = (
-    ("origin", pa.string(), "ingest", "TAR::MEMBER, or FILE::START-END of a re-encoded clip, that the file was made from"),
+    ("origin", pa.string(), "ingest", "TAR::MEMBER, or FILE::START-END of a re-encoded clip, that it was made of"),
     ("title", pa.string(), "ingest", "original title, from the listing or the file's own metadata"),
     ("duration", pa.float64(), "ingest", "seconds of the whole file, by its frames' times; 0 for an image"),
     ("variable_fps", pa.bool_(), "ingest", "the times between frames differ by more than the container's rounding"),
