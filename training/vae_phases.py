@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_video.errors import UserError
 from megatron_video.vae import VideoVAE, load_vae
 from megatron_video.vae.base import BASE_CONFIG_FILE, BaseVideoVAE, grow, load_base, part_of
-from megatron_video.vae.checkpoint import check_weights, to_channels_last
+from megatron_video.vae.checkpoint import check_weights
 from megatron_video.vae.initialisation import initialise
 from training.vae_config import Kind, Trains, VAETrainConfig
 
@@ -62,11 +61,6 @@ def freeze(vae: VideoVAE, kind: Kind, trains: Trains) -> None:
 def whole_copy(vae: VideoVAE) -> dict[str, Tensor]:
     """The weights on the CPU, apart from the model's own."""
     return {name: weight.detach().to("cpu", copy=True) for name, weight in vae.state_dict().items()}
-
-
-def prepare(vae: VideoVAE, device: torch.device) -> VideoVAE:
-    """Put the model where it is trained."""
-    return to_channels_last(vae.to(device))
 
 
 def _new_model(config: VAETrainConfig, kind: Kind) -> VideoVAE:

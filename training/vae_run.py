@@ -19,7 +19,7 @@ from training.telemetry import record_life
 from training.vae_checkpoint import find_run, refuse_other_settings, save_run
 from training.vae_clips import TrainingClips
 from training.vae_config import VAEStage, VAETrainConfig
-from training.vae_phases import first_model, freeze, next_model, prepare, whole_copy
+from training.vae_phases import first_model, freeze, next_model, whole_copy
 from training.vae_ranks import join_ranks
 from training.vae_report import HeldOut, Reconstruction, evaluate, is_finite, kl_divergence, to_input
 from training.vae_updater import Updater, build_updater, zero_stage_of
@@ -160,7 +160,7 @@ class VAERun:
 
     def _train(self, vae: VideoVAE, stage: VAEStage) -> None:
         self._stage = stage
-        self.vae = prepare(vae, self.ranks.device)
+        self.vae = vae.to(self.ranks.device)
         freeze(self.vae, stage.kind, stage.trains)
         # The averages are made of whole weights: before ZeRO takes hold of them.
         self.average = WeightAverage(self.vae, self.config.ema_decay) if self.config.ema_decay else None

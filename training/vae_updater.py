@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_video.errors import UserError
 from megatron_video.vae import VideoVAE, sample_posterior
+from megatron_video.vae.checkpoint import to_channels_last
 from training.vae_config import VAETrainConfig
 from training.vae_ranks import Ranks
 
@@ -63,7 +64,7 @@ class TorchUpdater:
 
     def __init__(self, vae: VideoVAE, config: VAETrainConfig, ranks: Ranks) -> None:
         self._vae, self._clip = vae, config.clip_grad_norm
-        self._coder = Coder(vae)
+        self._coder = Coder(to_channels_last(vae))
         self._trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
         self._optimizer = _adamw(self._trained, config)
         self._autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -101,6 +102,9 @@ class ZeroUpdater:
 
     def __init__(self, vae: VideoVAE, config: VAETrainConfig, ranks: Ranks, zero_stage: int) -> None:
         deepspeed = _import_deepspeed()
+        for parameter in vae.parameters():
+            # DeepSpeed cuts weights into flat buffers, and cannot send them in channels-last memory.
+            parameter.data = parameter.data.contiguous()
         trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
         self._vae, self._stage, self._deepspeed = vae, zero_stage, deepspeed
         self._optimizer = _adamw(trained, config)

@@ -14,65 +14,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from vae_clips_on_disk import vae_config, write_clips
 
-from megatron_video.config_io import build_config, load_config
+from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
-from megatron_video.manifest import table_from_rows, write_manifest
 from megatron_video.vae import load_vae
-from megatron_video.video_io import write_mp4
 from training import train_vae, vae_run
 from training.config import PRESET_DIR
 from training.vae_clips import TrainingClips
 from training.vae_config import VAETrainConfig
 from training.vae_report import kl_divergence
 
-MODEL = {
-    "latent_channels": 2,
-    "num_res_blocks": 1,
-    "encoder_multipliers": [1, 1, 1, 1],
-    "decoder_channels": 32,
-    "decoder_multipliers": [1, 1, 1, 1],
-}
-STAGES = [
-    {"steps": 3, "frames": 1, "crop": 16, "batch_size": 2},
-    {"steps": 3, "frames": 9, "crop": 16, "batch_size": 1, "image_share": 0.5, "image_batch_size": 2},
-]
-
-
-def _frames(number: int, num_frames: int) -> np.ndarray:
-    frames = np.full((num_frames, 32, 32, 3), 40 + 20 * number, np.uint8)
-    for t in range(num_frames):
-        frames[t, 8:20, 2 + t // 2 : 14 + t // 2] = (200, 60, 40)
-    return frames
-
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clips")
-    rows: list[dict[str, Any]] = []
-    for number in range(4):
-        path = folder / f"{number}.mp4"
-        write_mp4(path, _frames(number, 20), 24)
-        rows.append({"clip_id": f"clip{number}", "source": str(path), "start_frame": 1, "end_frame": 20, "fps": 24.0})
-    rows.append({**rows[0], "clip_id": "gone", "source": "absent.mp4", "dropped_by": "tag", "drop_reason": "test"})
-    common = {"is_image": False, "width": 32, "height": 32, "border_share": 0.0, "caption": "a"}
-    write_manifest(table_from_rows([{**common, **row} for row in rows]), folder / "m.parquet")
-    return folder / "m.parquet"
-
-
-def _config(manifest: Path, output: Path, **changes: Any) -> VAETrainConfig:
-    values = {
-        "manifest": str(manifest),
-        "output": str(output),
-        "model": MODEL,
-        "buckets": ["17x32x32"],
-        "stages": STAGES,
-        "warmup_steps": 2,
-        "learning_rate": 1e-3,
-        "save_every": 2,
-        **changes,
-    }
-    return build_config(VAETrainConfig, values, "test")
+    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
@@ -84,7 +40,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    report = train_vae.train(_config(manifest, whole))
+    report = train_vae.train(vae_config(manifest, whole))
     original = vae_run.VAERun.train_step
 
     def interrupted_at_three(run: vae_run.VAERun, pixels: torch.Tensor) -> dict[str, float]:
@@ -95,12 +51,12 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(vae_run.VAERun, "train_step", interrupted_at_three)
     with pytest.raises(KeyboardInterrupt):
-        train_vae.train(_config(manifest, stopped))
+        train_vae.train(vae_config(manifest, stopped))
     assert [line["step"] for line in _steps(stopped)] == [1, 2, 3]
     assert not (stopped / "model.safetensors").exists()
     monkeypatch.undo()
     # Decoding on the fly instead of from memory must not change what is learned.
-    train_vae.train(_config(manifest, stopped, cache_gib=0.0))
+    train_vae.train(vae_config(manifest, stopped, cache_gib=0.0))
     names = ("step", "loss", "l1", "kl", "grad_norm", "learning_rate")
     assert [[s[n] for n in names] for s in _steps(whole)] == [[s[n] for n in names] for s in _steps(stopped)]
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
@@ -108,10 +64,10 @@ def test_a_stopped_run_continues_bit_for_bit(
     _check_outputs(whole, report)
     # A third start does nothing but tell.
     capsys.readouterr()
-    assert train_vae.train(_config(manifest, whole)) == json.loads((whole / "report.json").read_text())
+    assert train_vae.train(vae_config(manifest, whole)) == json.loads((whole / "report.json").read_text())
     assert "trained already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"other settings \(learning_rate: 0.001 there, 0.002 now\)"):
-        train_vae.train(_config(manifest, whole, learning_rate=2e-3))
+        train_vae.train(vae_config(manifest, whole, learning_rate=2e-3))
 
 
 def _check_outputs(folder: Path, report: dict[str, Any]) -> None:
@@ -124,7 +80,7 @@ def _check_outputs(folder: Path, report: dict[str, Any]) -> None:
 
 def test_the_loss_falls(manifest: Path, tmp_path: Path) -> None:
     stages = [{"steps": 25, "frames": 1, "crop": 16, "batch_size": 4}]
-    train_vae.train(_config(manifest, tmp_path, stages=stages, mse_weight=2.0, precision="fp32"))
+    train_vae.train(vae_config(manifest, tmp_path, stages=stages, mse_weight=2.0, precision="fp32"))
     losses = [step["loss"] for step in _steps(tmp_path)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
@@ -138,7 +94,7 @@ def test_kl_divergence_is_torchs() -> None:
 
 
 def test_batches_follow_stage_and_step_and_leave_held_out_clips_alone(manifest: Path, tmp_path: Path) -> None:
-    config = _config(manifest, tmp_path)
+    config = vae_config(manifest, tmp_path)
     clips = TrainingClips(config)
     shapes = [tuple(clips.batch(step).shape) for step in range(config.total_steps)]
     assert set(shapes[:3]) == {(2, 1, 3, 16, 16)}
@@ -164,17 +120,17 @@ def test_batches_follow_stage_and_step_and_leave_held_out_clips_alone(manifest: 
 )
 def test_impossible_configurations_are_refused(manifest: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        _config(manifest, Path("unused"), **changes)
+        vae_config(manifest, Path("unused"), **changes)
 
 
 def test_unusable_data_is_refused(manifest: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no kept clip fits a bucket of 34x32x32"):
-        train_vae.train(_config(manifest, tmp_path, buckets=["34x32x32"]))
+        train_vae.train(vae_config(manifest, tmp_path, buckets=["34x32x32"]))
     with pytest.raises(UserError, match="no such manifest"):
-        train_vae.train(_config(tmp_path / "m.parquet", tmp_path))
+        train_vae.train(vae_config(tmp_path / "m.parquet", tmp_path))
     (tmp_path / "checkpoint.json").write_bytes(b"half a file")
     with pytest.raises(UserError, match="names no readable checkpoint"):
-        train_vae.train(_config(manifest, tmp_path))
+        train_vae.train(vae_config(manifest, tmp_path))
 
 
 @pytest.mark.parametrize("preset", ["vae_demo", "vae_paper"])
