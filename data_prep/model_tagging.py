@@ -62,16 +62,17 @@ def run_with_models(manifest_in: Path, manifest_out: Path, workers: int | Execut
     check_files(config)
     prints = model_fingerprints(config)
     rows = TableRows(read_manifest(manifest_in))
-    settings = {"models": prints, "dtype": config.dtype, "batch": config.clips_per_batch, "ocr": _ocr_settings(config)}
+    settings = {
+        "models": prints,
+        "dtype": config.dtype,
+        "clips_per_batch": config.clips_per_batch,
+        "ocr_min_score": config.ocr.min_score if config.ocr else None,
+    }
     fingerprint = fingerprint_of(STAGE, settings, file_sha256(manifest_in))
     process = functools.partial(_tag_batch, json.dumps(config_to_dict(config)), json.dumps(prints))
     batches = Batches(rows, config.clips_per_batch)
     report = run_parts(STAGE, batches, manifest_out, process, fingerprint, workers)
     return replace(report, rows_in=len(rows), details={**report.details, "models": prints})
-
-
-def _ocr_settings(config: object) -> object:
-    return config_to_dict(config)["ocr"].get("min_score")
 
 
 def _tag_batch(config_json: str, prints_json: str, rows: list[Row]) -> list[Row]:

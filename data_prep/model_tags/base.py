@@ -22,13 +22,16 @@ class TagBatch:
     rows: Sequence[Row]
     frames: Sequence[np.ndarray]
     """uint8 [T, H, W, 3] a clip, inside its black borders; T is 8, less for short clips, 1 for images."""
-    _embeddings: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _embeddings: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
-    def image_embeddings(self, encoder: ClipEncoder) -> list[torch.Tensor]:
-        """Unit vectors, float32 [T, D] a clip."""
-        if id(encoder) not in self._embeddings:
-            self._embeddings[id(encoder)] = per_clip(self.frames, encoder.embed_images)
-        return self._embeddings[id(encoder)]
+    def image_embeddings(self, encoder: ClipEncoder, numbers: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Unit vectors, float32 [T, D] a clip, of the clips at `numbers` (all if None)."""
+        wanted = range(len(self.frames)) if numbers is None else numbers
+        missing = [number for number in wanted if (id(encoder), number) not in self._embeddings]
+        if missing:
+            found = per_clip([self.frames[number] for number in missing], encoder.embed_images)
+            self._embeddings |= {(id(encoder), number): vectors for number, vectors in zip(missing, found, strict=True)}
+        return [self._embeddings[id(encoder), number] for number in wanted]
 
 
 class ModelTag(Protocol):

@@ -25,11 +25,9 @@ class TextVideoTag:
         scores = [0.0] * len(batch.rows)
         for encoder in dict.fromkeys(map(self._reader, batch.rows)):
             numbers = [n for n, row in enumerate(batch.rows) if self._reader(row) is encoder]
-            # Only the clips of this language: the other encoder's frames would be for nothing.
-            part = TagBatch([batch.rows[n] for n in numbers], [batch.frames[n] for n in numbers])
-            source = batch if len(numbers) == len(batch.rows) else part
-            texts = encoder.embed_texts([row["caption"] for row in source.rows])
-            for number, text, frames in zip(numbers, texts, source.image_embeddings(encoder), strict=True):
+            texts = encoder.embed_texts([batch.rows[n]["caption"] for n in numbers])
+            vectors = batch.image_embeddings(encoder, numbers)
+            for number, text, frames in zip(numbers, texts, vectors, strict=True):
                 scores[number] = (frames @ text).mean().item()
         return scores
 
