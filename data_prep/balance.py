@@ -22,8 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.manifest_stream import iter_manifest, manifest_writer
 from data_prep.parts import output_lock
 from data_prep.stage import (
+    FINGERPRINT_KEY,
     StageReport,
     check_output,
     fingerprint_of,
@@ -31,7 +33,6 @@ from data_prep.stage import (
     make_report,
     print_report,
     stage_parser,
-    write_finished,
 )
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
@@ -50,6 +51,18 @@ STAGE = "balance"
 OnMissing = Literal["error", "drop"]
 # Not columns of the manifest, but made of them: a larger picture and a longer clip are better.
 _DERIVED = ("pixels", "frames")
+_FILLED = (
+    "cluster",
+    "cluster_count",
+    "center_similarity",
+    "weight",
+    "duplicate_of",
+    "dropped_by",
+    "drop_reason",
+)
+_SIZES = ("width", "height", "crop_width", "crop_height", "start_frame", "end_frame")
+_HASH_BLOCK = 65536
+_LOOKED_AT = ("clip_id", "source", "phash", *_SIZES)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,19 +104,18 @@ def run(
             done = read_manifest(manifest_out)
             return make_report(STAGE, done, manifest_out, done.num_rows, started, up_to_date=True)
         work = _work_folder(manifest_out, fingerprint)
-        table, balanced, details = _balance(manifest_in, embeddings, settings, on_missing, work)
+        filled, balanced, details = _balance(manifest_in, embeddings, settings, on_missing, work)
         folder = report_folder or manifest_out.with_name(f"{manifest_out.stem}.report")
         write_balance_report(folder, balanced, settings, details)
-        write_finished(table, manifest_out, fingerprint)
+        _write(manifest_in, manifest_out, filled, fingerprint)
         shutil.rmtree(work)
-    return make_report(STAGE, table, manifest_out, table.num_rows, started, details={**details, "plots": str(folder)})
+    return make_report(STAGE, filled, manifest_out, filled.num_rows, started, details={**details, "plots": str(folder)})
 
 
 def _balance(
     manifest_in: Path, embeddings: Path, settings: BalanceSettings, on_missing: OnMissing, work: Path
 ) -> tuple[pa.Table, Balanced, dict[str, Any]]:
-    table = read_manifest(manifest_in)
-    # Columns, not rows: a manifest of ten million clips stays in Arrow's memory.
+    table = _read(manifest_in, settings.keep_best)
     rows = np.flatnonzero(table["dropped_by"].is_null().to_numpy())
     clips = table.take(pa.array(rows))
     vectors = open_vectors(embeddings, clips["clip_id"], work)
@@ -116,6 +128,24 @@ def _balance(
         )
     balanced = balance_vectors(vectors, best_first(clips, settings.keep_best), _hashes(clips), settings, work)
     return _filled(table, clips, rows, balanced), balanced, _figures(balanced)
+
+
+def _read(manifest: Path, keep_best: Sequence[str]) -> pa.Table:
+    """The columns that are looked at or filled: of all of them ten million rows would be tens of gigabytes."""
+    named = [name.removeprefix("-") for name in keep_best]
+    wanted = {*_LOOKED_AT, *_FILLED, *(name for name in named if name in SCHEMA.names)}
+    return pa.concat_tables(iter_manifest(manifest, [name for name in SCHEMA.names if name in wanted]))
+
+
+def _write(manifest_in: Path, manifest_out: Path, filled: pa.Table, fingerprint: str) -> None:
+    start = 0
+    with manifest_writer(manifest_out, {FINGERPRINT_KEY: fingerprint}) as writer:
+        for piece in iter_manifest(manifest_in):
+            part = filled.slice(start, piece.num_rows)
+            for name in _FILLED:
+                piece = piece.set_column(piece.schema.get_field_index(name), SCHEMA.field(name), part[name])
+            writer.write_table(piece)
+            start += piece.num_rows
 
 
 def best_first(clips: pa.Table, names: Sequence[str]) -> Numbers:
@@ -153,8 +183,11 @@ def _hashes(clips: pa.Table) -> np.ndarray | None:
     size = pc.max(lengths).as_py()
     if pc.min(lengths).as_py() != size or size % 2:
         raise UserError(f"phash: hashes of {pc.min(lengths)} and of {size} hex digits cannot be compared")
-    text = "".join(pc.fill_null(column, "0" * size).to_pylist())
-    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, size // 2)
+    hashes = np.empty((len(column), size // 2), np.uint8)
+    for start in range(0, len(column), _HASH_BLOCK):
+        text = "".join(pc.fill_null(column.slice(start, _HASH_BLOCK), "0" * size).to_pylist())
+        hashes[start : start + _HASH_BLOCK] = np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, size // 2)
+    return hashes
 
 
 def _filled(table: pa.Table, clips: pa.Table, rows: Numbers, balanced: Balanced) -> pa.Table:

@@ -120,19 +120,23 @@ def _map_lists(file: Path, table: pq.ParquetFile, copy: Path) -> None:
     if not width:
         raise UserError(f"--embeddings {file}: no clip has an embedding")
     temporary = copy.with_name(f".{copy.name}.tmp")
-    shape = (table.metadata.num_rows, width)
-    target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    start = 0
-    for batch in table.iter_batches(BLOCK_ROWS, columns=["embedding"]):
-        lists = batch["embedding"]
-        lengths = pc.fill_null(pc.list_value_length(lists), width).to_numpy(zero_copy_only=False)
-        if (lengths != width).any():
-            raise UserError(f"--embeddings {file}: vectors of {width} and of {lengths[lengths != width][0]} numbers")
-        full = np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
-        target[start + full] = lists.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-        start += len(lists)
-    target.flush()
+    # Written and not mapped: a full disk is then an error, and no bus error that kills the process.
+    with open(temporary, "wb") as file_out:
+        shape = (table.metadata.num_rows, width)
+        np.lib.format.write_array_header_1_0(file_out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for batch in table.iter_batches(BLOCK_ROWS, columns=["embedding"]):
+            file_out.write(_block_of(file, batch["embedding"], width).tobytes())
     os.replace(temporary, copy)
+
+
+def _block_of(file: Path, lists: pa.Array, width: int) -> Floats:
+    lengths = pc.fill_null(pc.list_value_length(lists), width).to_numpy(zero_copy_only=False)
+    if (lengths != width).any():
+        raise UserError(f"--embeddings {file}: vectors of {width} and of {lengths[lengths != width][0]} numbers")
+    block = np.zeros((len(lists), width), np.float32)
+    full = lists.is_valid().to_numpy(zero_copy_only=False)
+    block[full] = lists.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return block
 
 
 def _values(table: pq.ParquetFile) -> Iterator[list[float] | None]:

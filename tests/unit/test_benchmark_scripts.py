@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import balance_bench
 import block_bench
 import cpu_step_bench
 import fused_bench
@@ -60,3 +61,18 @@ def test_cpu_step_bench_compares_equal_models(tmp_path: Path) -> None:
     assert len(set(losses)) == 3
     assert content["summary"]["median cpu_s"]["ratio"] > 0
     assert content["summary"]["peak_rss_mib"]["plain"] > 50
+
+
+def test_balance_bench_finds_what_it_planted(tmp_path: Path) -> None:
+    file = tmp_path / "balance.json"
+    sizes = "--clips 4000 --width 32 --concepts 10 --clusters 40 --iterations 5 --threads 1 --hash-copies 0.03"
+    balance_bench.main([*sizes.split(), "--out", str(file)])
+    content = read(file)
+    found = {row["what"]: row for row in content["rows"]}
+    assert found["copies by embedding"]["planted"] > 100
+    assert found["copies by embedding"]["share"] > 0.98
+    assert found["copies by hash"]["planted"] > 50
+    assert found["copies by hash"]["share"] == 1
+    assert found["copies by embedding"]["wrong"] == found["copies by hash"]["wrong"] == 0
+    assert content["summary"]["purity"] > 0.97
+    assert 0 < content["summary"]["peak_anonymous_mib"] <= content["summary"]["peak_with_file_pages_mib"]
