@@ -85,8 +85,8 @@ def _digest(entries: Sequence[Entry]) -> str:
     """Names, captions, sizes and times stand for the contents: hashing everything to find nothing new is slow."""
     digest = hashlib.sha256()
     for entry in entries:
-        # What was taken out of a tar has its content in its name.
-        stat = None if entry.origin else os.stat(entry.path)
+        # What was taken out of a tar has its content in its name; what is not there, as a broken link, gives a row too.
+        stat = os.stat(entry.path) if not entry.origin and os.path.isfile(entry.path) else None
         digest.update(repr((entry, stat and (stat.st_size, stat.st_mtime_ns))).encode())
     return digest.hexdigest()
 
@@ -97,6 +97,8 @@ def _ingest_file(entry: Entry, uncaptioned: bool) -> list[Row]:
     row["language"] = entry.language or detect_language(caption)
     if entry.fault:
         return [dropped(row, STAGE, entry.fault)]
+    if not os.path.isfile(entry.path):
+        return [dropped(row, STAGE, f"unreadable: {entry.path}: no such file, or a link to none, or a device")]
     try:
         row["content_hash"] = Path(entry.path).stem if entry.origin else content_hash(entry.path)
         row |= _describe(entry.path, row["content_hash"], entry.title)

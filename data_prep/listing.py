@@ -67,6 +67,11 @@ def find_entries(source: Path) -> tuple[list[Entry], list[Path]]:
     return _sorted_once(_entries_of_listing(source)), []
 
 
+def printable(name: str) -> str:
+    """A file's name as UTF-8 can hold it: bytes of it that are none become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def is_tar(name: str) -> bool:
     """Whether a file of this name is taken for a tar of videos."""
     return name.lower().endswith(TAR_SUFFIXES)
@@ -125,8 +130,14 @@ def _entry_of_record(listing: Path, number: int, record: Any) -> Entry:
 
 
 def _entry_of_sidecar(path: Path) -> Entry:
+    if printable(str(path)) != str(path):
+        return Entry(printable(str(path)), None, None, fault="name: the file's name is not UTF-8; rename it")
+    entry = Entry(str(path), None, None)
     beside = (path.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES)
-    return described(Entry(str(path), None, None), {file.name: file.read_bytes() for file in beside if file.is_file()})
+    try:
+        return described(entry, {file.name: file.read_bytes() for file in beside if file.is_file()})
+    except OSError as error:
+        return replace(entry, fault=f"sidecar: {error.filename} cannot be read: {error.strerror}")
 
 
 def described(entry: Entry, sidecars: Mapping[str, bytes]) -> Entry:
@@ -157,7 +168,8 @@ def _told_by_json(entry: Entry, record: Any) -> Entry:
 def _field(record: dict[str, Any], name: str) -> str | None:
     values = (record[alias] for alias in FIELD_NAMES[name] if record.get(alias) is not None)
     value = next(values, None)
-    return None if value is None else str(value)
+    # JSON can write halves of surrogate pairs, which no UTF-8 has; whole pairs become their character.
+    return None if value is None else str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_records(listing: Path) -> list[Any]:

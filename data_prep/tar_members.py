@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from data_prep.listing import MEDIA_SUFFIXES, SIDECAR_SUFFIXES, Entry, described
+from data_prep.listing import MEDIA_SUFFIXES, SIDECAR_SUFFIXES, Entry, described, printable
 from megatron_video.errors import UserError
 from megatron_video.shard_schema import write_atomically
 
@@ -67,7 +67,7 @@ def _take_out(tar: Path, folder: Path, temporary: Path) -> list[Entry]:
         for name, size, content in _members(tar):
             if name.lower().endswith(MEDIA_SUFFIXES):
                 path = _store(content, folder, temporary, Path(name).suffix.lower())
-                media.append((name, Entry(str(path), None, None, origin=f"{tar}::{name}")))
+                media.append((name, Entry(str(path), None, None, origin=f"{tar}::{printable(name)}")))
             elif name.lower().endswith(SIDECAR_SUFFIXES) and size <= _SIDECAR_LIMIT:
                 sidecars[name] = content.read()
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -114,7 +114,7 @@ def _copy_hashed(source: IO[bytes], target: IO[bytes] | None) -> str:
 def _with_sidecars(name: str, entry: Entry, by_key: dict[str, list[str]], sidecars: dict[str, bytes]) -> Entry:
     # The exact stem first: a.1.mp4 belongs to a.1.txt even if webdataset takes both for sample "a".
     found = next((by_key[key] for key in _keys(name) if key in by_key), [])
-    return described(entry, {sidecar: sidecars[sidecar] for sidecar in found})
+    return described(entry, {printable(sidecar): sidecars[sidecar] for sidecar in found})
 
 
 def _sidecars_by_key(names: Iterable[str]) -> dict[str, list[str]]:

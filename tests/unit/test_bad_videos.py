@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,28 @@ def test_uncaptioned_files_are_kept_where_a_model_is_to_write_the_captions(chain
     assert report.kept == 3
     assert rows["none"]["caption"] is rows["empty"]["caption"] is None
     assert rows["broken"]["dropped_by"] == "ingest"
+
+
+def test_names_and_texts_that_no_table_can_hold(chain: Chain, tmp_path: Path) -> None:
+    content = (chain.folder / "a" / "clip.mp4").read_bytes()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.mp4")).write_bytes(content)
+    (folder / "broken link.mp4").symlink_to(folder / "gone.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "half.mp4").write_bytes(content)
+    (folder / "half.json").write_text('{"caption": "half \\ud83c a character, a whole \\ud83c\\udfac"}')
+    (folder / "latin.png").write_bytes((chain.folder / "pictures" / "plain.png").read_bytes())
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    ingest.run(folder, tmp_path / "m.parquet")
+    rows = {Path(row["source"]).name: row for row in read_manifest(tmp_path / "m.parquet").to_pylist()}
+    assert rows["half.mp4"]["caption"] == "half \ufffd a character, a whole 🎬"
+    reasons = {name: row["drop_reason"] for name, row in rows.items() if name != "half.mp4"}
+    assert reasons["caf\\xe9.mp4"].startswith("name: ")
+    assert reasons["broken link.mp4"].startswith("unreadable: ")
+    assert reasons["pipe.mp4"].startswith("unreadable: ")
+    assert reasons["latin.png"].startswith("sidecar: latin.txt cannot be read")
+    assert ingest.run(folder, tmp_path / "m.parquet").up_to_date
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.85])

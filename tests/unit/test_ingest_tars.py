@@ -116,6 +116,15 @@ def test_texts_that_several_members_could_claim_are_nobody_s_caption(tmp_path: P
     assert [row["caption"] for row in rows_of(tmp_path / "m.parquet")] == ["one", "two", None]
 
 
+def test_member_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    name = b"caf\xe9.mp4".decode("utf-8", "surrogateescape")
+    tar = tmp_path / "clips.tar"
+    write_tar(tar, [(name, video_bytes(tmp_path / "made", 0)), (name.replace(".mp4", ".txt"), b"a cup")])
+    ingest.run(tar, tmp_path / "m.parquet")
+    (row,) = rows_of(tmp_path / "m.parquet")
+    assert (row["origin"], row["caption"], row["dropped_by"]) == (f"{tar}::caf\\xe9.mp4", "a cup", None)
+
+
 def test_damaged_and_empty_tars_are_rows_too(tmp_path: Path) -> None:
     one, two = (video_bytes(tmp_path / "made", seed) for seed in range(2))
     folder = tmp_path / "in"
