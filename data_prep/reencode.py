@@ -24,6 +24,9 @@ def reencoded(row: Row, folder: Path) -> Row:
     path = folder / f"{row['clip_id']}.mp4"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a run that was killed; nobody else writes this clip.
+        for leftover in folder.glob(f".{path.name}.*.tmp"):
+            leftover.unlink()
         _write(row, path)
     info = probe(path)
     count = row["end_frame"] - row["start_frame"]

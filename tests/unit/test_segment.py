@@ -161,6 +161,21 @@ def test_reencoded_clips_are_files_with_the_same_frames(tmp_path: Path) -> None:
     assert [file.stat().st_mtime_ns for file in files] == written
 
 
+def test_reencoded_clips_are_upright_and_8_bit_and_leftovers_of_a_kill_go(tmp_path: Path) -> None:
+    frames = scenes([100], 72, 96)
+    video = write_video(tmp_path / "in" / "phone.mov", frames, CODECS["prores"], rotation=90)
+    (span,) = segmented(tmp_path / "spans", video, max_seconds=10)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / f".{span['clip_id']}.mp4.1.tmp").write_bytes(b"half a file")
+    (row,) = segmented(tmp_path, video, max_seconds=10, reencode=folder)
+    assert (row["rotation"], row["width"], row["height"], row["pixel_format"]) == (0, 72, 96, "yuv420p")
+    assert [file.name for file in folder.iterdir()] == [f"{row['clip_id']}.mp4"]
+    ours = read_frames(row["source"], 70, 10)
+    assert np.abs(ours.astype(int) - np.rot90(frames[73:83], axes=(1, 2))).mean() < 5
+    assert np.abs(np.array(numbers_of(np.rot90(ours, -1, axes=(1, 2)))) - np.arange(73, 83)).max() <= 2
+
+
 def test_reencoding_keeps_the_times_of_a_variable_frame_rate(tmp_path: Path) -> None:
     times = [0, *np.cumsum(np.random.default_rng(2).integers(1, 4, 59)).tolist()]
     video = write_video(tmp_path / "in" / "clip.mp4", scenes([60], 72, 96), times=times)
