@@ -72,7 +72,8 @@ class _Guard:
     def note(self, failed: bool, journal: Journal) -> None:
         self._row = self._row + 1 if failed else 0
         if self._row >= self._most:
-            last = next(a.problem for a in reversed(journal.answers.values()) if a.problem)
+            # A copy: other threads still add to it.
+            last = next(a.problem for a in reversed(list(journal.answers.values())) if a.problem)
             raise UserError(
                 f"the source of captions failed for {self._row} clips in a row, the last time with: {last}; "
                 "what was answered is kept, and the same command goes on from there (--max-failures)"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +140,26 @@ def test_a_stopped_run_does_not_train_again(
     monkeypatch.setattr("data_prep.balance_steps.train_centers", stop)
     balance.run(manifest, tmp_path / "out.parquet", vectors, SETTINGS)
     assert rows_of(tmp_path / "out.parquet") == rows_of(tmp_path / "whole.parquet")
+
+
+def test_a_killed_run_leaves_nothing_half_written_and_the_next_gives_the_same_bytes(
+    planted: tuple[Path, Path, Planted], tmp_path: Path
+) -> None:
+    manifest, vectors, _ = planted
+    balance.run(manifest, tmp_path / "whole.parquet", vectors, SETTINGS)
+    out = tmp_path / "out.parquet"
+    command = [sys.executable, "-m", "data_prep.cli", "balance", "--in", str(manifest), "--out", str(out)]
+    options = ["--embeddings", str(vectors), "--clusters", str(CLUSTERS), "--duplicate-similarity", "0.97"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".out.parquet.work" / "centers.npy").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert main([*command[3:], *options]) == 0
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_report_has_a_row_a_cluster_and_plots_with_something_in_them(
