@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,9 +25,10 @@ from data_prep.decode import DECODERS, choose_decoder
 from data_prep.encode_plan import STAGE, PlannedShard, plan_shards
 from data_prep.encode_shard import DTYPES, EncodeJob, encoders_known, read_encoders, rows_part, write_shard
 from data_prep.encode_workers import Fleet
+from data_prep.lock import LockedError
 from data_prep.shard_folder import claimed
 from data_prep.stage import StageReport, fingerprint_of, make_report, print_report, stage_parser
-from data_prep.workers import default_workers, progress
+from data_prep.workers import Shard, default_workers, progress
 from megatron_video.buckets import Bucket, parse_buckets
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
@@ -66,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes with both encoders each (default: one a GPU, or one)")
     parser.add_argument("--decode-threads", type=int, help="of each worker (default: CPUs divided by workers)")
+    parser.add_argument("--torch-threads", type=int, help="of each worker on CPUs (default: CPUs divided by workers)")
+    parser.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N of the shards; the last one joins them")
     parser.add_argument("--decoder", choices=DECODERS, default="auto", help="auto: DALI (NVDEC) on a GPU, else PyAV")
     arguments = parser.parse_args(argv)
     print_report(run_arguments(arguments), arguments.json)
@@ -90,6 +93,8 @@ def run_arguments(arguments: argparse.Namespace) -> StageReport:
         device=arguments.device,
         workers=arguments.workers,
         decode_threads=arguments.decode_threads,
+        torch_threads=arguments.torch_threads,
+        share=Shard.parse(arguments.shard) if arguments.shard else None,
     )
 
 
@@ -102,6 +107,8 @@ def run(
     device: str = "cpu",
     workers: int | None = None,
     decode_threads: int | None = None,
+    torch_threads: int | None = None,
+    share: Shard | None = None,
 ) -> StageReport:
     """Encode the kept clips of a manifest into `shard_folder`; the number of workers does not change its bytes.
 
@@ -111,36 +118,79 @@ def run(
         device: "cpu", "cuda" (all GPUs in turn) or one GPU such as "cuda:1".
         workers: processes, each with both encoders; None for one a GPU. One works in this process.
         decode_threads: threads of each worker that decode video; None shares out the CPUs.
+        torch_threads: threads of each worker's arithmetic on CPUs; None shares out torch's own number. Another number
+            may round the last bit of a sum in another way, as another kind of CPU does.
+        share: make only this part of the shards; the run that finds all of them there finishes the folder.
 
     Raises:
         UserError: the folder holds shards of something else or is in use, an input is missing or does not fit, the
             disk is full, or workers keep dying.
     """
     started = time.monotonic()
+    for name, number in (("--decode-threads", decode_threads), ("--torch-threads", torch_threads)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} {number} must be at least 1")
     devices = _devices(device, workers)
     table = read_manifest(manifest_in)
     plan, unplaced = plan_shards(kept_rows(table), settings.buckets, settings.samples_per_shard)
     # Hashes of the weights: a retrained encoder under the old path must not continue the old shards.
     prints = {"vae": vae_fingerprint(vae), "text": text_fingerprint(*text_folders(text))}
     fingerprint = fingerprint_of(STAGE, asdict(settings) | prints, file_sha256(manifest_in))
-    threads = decode_threads or max(1, default_workers() // len(devices))
     job = EncodeJob(
-        shard_folder, vae, text, prints, settings.dtype, settings.batch_size, settings.decoder, devices[0], threads
+        folder=shard_folder,
+        vae=vae,
+        text=text,
+        prints=prints,
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        decoder=settings.decoder,
+        device=devices[0],
+        decode_threads=decode_threads or max(1, default_workers() // len(devices)),
+        torch_threads=torch_threads,
     )
-    with claimed(shard_folder, fingerprint):
-        up_to_date = (shard_folder / INFO_FILE).is_file()
-        details: dict[str, Any] = {"device": device, "decoder": settings.decoder}
-        if not up_to_date:
-            details |= _encode_missing(plan, job, devices)
-            write_manifest(_joined(table, plan, unplaced, shard_folder), shard_folder / MANIFEST_FILE)
-            # The very last step: until then the folder counts as unfinished.
-            finish_dataset(shard_folder, read_encoders(shard_folder))
-        result = read_manifest(shard_folder / MANIFEST_FILE)
-        details = _figures(shard_folder) | details
-        report = make_report(STAGE, result, shard_folder, table.num_rows, started, up_to_date, details)
-        if not up_to_date:
-            write_atomically(shard_folder / REPORT_FILE, json.dumps(asdict(report), ensure_ascii=False).encode())
-    return report
+    details: dict[str, Any] = {"device": device, "decoder": settings.decoder}
+
+    def report(result: pa.Table, up_to_date: bool = False) -> StageReport:
+        return make_report(STAGE, result, shard_folder, table.num_rows, started, up_to_date, details)
+
+    def finish() -> StageReport:
+        write_manifest(_joined(table, plan, unplaced, shard_folder), shard_folder / MANIFEST_FILE)
+        # The very last step: until then the folder counts as unfinished.
+        finish_dataset(shard_folder, read_encoders(shard_folder))
+        details.update(_figures(shard_folder))
+        done = report(read_manifest(shard_folder / MANIFEST_FILE))
+        write_atomically(shard_folder / REPORT_FILE, json.dumps(asdict(done), ensure_ascii=False).encode())
+        return done
+
+    with claimed(shard_folder, fingerprint, share):
+        if (shard_folder / INFO_FILE).is_file():
+            details |= _figures(shard_folder)
+            return report(read_manifest(shard_folder / MANIFEST_FILE), up_to_date=True)
+        mine = [planned for number, planned in enumerate(plan) if share is None or number in share]
+        details |= _encode_missing(mine, job, devices)
+        if share is None:
+            return finish()
+    return _finish_if_last(plan, mine, shard_folder, fingerprint, finish, report)
+
+
+def _finish_if_last(
+    plan: Sequence[PlannedShard],
+    mine: Sequence[PlannedShard],
+    folder: Path,
+    fingerprint: str,
+    finish: Callable[[], StageReport],
+    report: Callable[[pa.Table], StageReport],
+) -> StageReport:
+    """Of an array's tasks, the one that finds all shards there finishes the folder; the others report their share."""
+    try:
+        with claimed(folder, fingerprint):
+            if not _missing(plan, folder) and not (folder / INFO_FILE).is_file():
+                return finish()
+    except LockedError:
+        # Others are at work; the last of them finishes.
+        pass
+    parts = [read_manifest(rows_part(folder, shard)) for shard in mine]
+    return report(pa.concat_tables(parts or [table_from_rows([])]))
 
 
 def _devices(device: str, workers: int | None) -> list[str]:
@@ -155,18 +205,22 @@ def _devices(device: str, workers: int | None) -> list[str]:
 def _encode_missing(plan: Sequence[PlannedShard], job: EncodeJob, devices: Sequence[str]) -> dict[str, Any]:
     """Make the shards that are not there yet; figures for the report."""
     # What is missing is known before the models run, so the progress bar tells the truth.
-    missing = [shard for shard in plan if not rows_part(job.folder, shard).is_file()]
+    missing = _missing(plan, job.folder)
     clips = sum(len(shard.rows) for shard in missing)
     if len(devices) == 1 or not missing:
         for _ in progress(_alone(missing, job), clips, STAGE):
             pass
         return {"workers": 1}
     # Together the workers have as many threads as one process would.
-    threads = max(1, torch.get_num_threads() // len(devices))
+    threads = job.torch_threads or max(1, torch.get_num_threads() // len(devices))
     fleet = Fleet(replace(job, torch_threads=threads), devices)
     for _ in progress(fleet.run(missing), clips, STAGE):
         pass
     return {"workers": len(devices), "worker deaths": fleet.deaths, "shards redone": fleet.redone}
+
+
+def _missing(plan: Sequence[PlannedShard], folder: Path) -> list[PlannedShard]:
+    return [shard for shard in plan if not rows_part(folder, shard).is_file()]
 
 
 def _alone(missing: Sequence[PlannedShard], job: EncodeJob) -> Iterator[Row]:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.disk import disk_errors
-from data_prep.lock import run_lock
+from data_prep.lock import share_lock
+from data_prep.workers import Shard
 from megatron_video.errors import UserError
 from megatron_video.shard_schema import INFO_FILE, PARTS_FOLDER, write_atomically
 
@@ -16,23 +17,28 @@ PLAN_FILE = "plan"
 
 
 @contextmanager
-def claimed(folder: Path, fingerprint: str) -> Iterator[None]:
+def claimed(folder: Path, fingerprint: str, share: Shard | None = None) -> Iterator[None]:
     """Hold a folder of shards while it is written.
 
     Args:
         folder: made if it is not there.
         fingerprint: of what will be in it; a folder with another one is refused.
+        share: hold only this part of the work; others may hold theirs.
 
     Raises:
         UserError: another run holds it, it holds something else, or the disk is full (then what is finished stays).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder), run_lock(folder / LOCK_FILE, folder):
+    with disk_errors(folder), share_lock(folder / LOCK_FILE, folder, share):
         _claim(folder, fingerprint)
+        # Half-written files can be told from those that others are writing only by who holds the whole.
+        if share is None:
+            _clear(folder)
         try:
             yield
         finally:
-            _clear(folder)
+            if share is None:
+                _clear(folder)
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
@@ -46,13 +52,13 @@ def _claim(folder: Path, fingerprint: str) -> None:
             )
     elif any(folder.glob("*.tar")) or (folder / INFO_FILE).exists():
         raise UserError(f"--out {folder} holds files that this command did not write; name a new folder")
-    _clear(folder)
-    mark.parent.mkdir(exist_ok=True)
-    write_atomically(mark, fingerprint.encode())
+    else:
+        mark.parent.mkdir(exist_ok=True)
+        write_atomically(mark, fingerprint.encode())
 
 
 def _clear(folder: Path) -> None:
     """Remove what a killed process left half written."""
-    # Under the lock nobody else can be writing them.
+    # Under the lock of the whole nobody else can be writing them.
     for leftover in (*folder.glob(".*.tmp"), *folder.glob(f"{PARTS_FOLDER}/.*.tmp")):
         leftover.unlink(missing_ok=True)

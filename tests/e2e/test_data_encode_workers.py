@@ -22,9 +22,11 @@ import pytest
 from shape_videos import draw_video
 from tiny_models import write_tiny_text_encoders, write_tiny_vae
 
-from data_prep import encode, ingest, verify
+from data_prep import encode, ingest, shard_folder, verify
 from data_prep.encode import EncodeSettings
 from data_prep.encode_workers import MAX_DEATHS
+from data_prep.stage import StageReport
+from data_prep.workers import Shard
 from megatron_video.buckets import parse_buckets
 from megatron_video.errors import UserError
 from megatron_video.manifest import read_manifest
@@ -226,3 +228,25 @@ def test_the_second_run_names_the_first(prepared: Prepared, tmp_path: Path) -> N
         wait_for_half_a_shard(tmp_path)
         with pytest.raises(UserError, match=rf"process {first.pid} on {re.escape(socket.gethostname())}, since "):
             encode.run(prepared.manifest, tmp_path, prepared.vae, prepared.text, SETTINGS)
+
+
+def test_tasks_of_an_array_share_the_shards(prepared: Prepared, tmp_path: Path) -> None:
+    def task(share: str) -> StageReport:
+        settings = (prepared.manifest, tmp_path, prepared.vae, prepared.text, SETTINGS)
+        return encode.run(*settings, share=Shard.parse(share))
+
+    first = task("1/2")
+    assert (first.kept, first.details.get("samples")) == (CLIPS // 2, None)
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["shard-000001.tar", "shard-000003.tar"]
+    # Another task that is at work: its lock and its half a shard are left alone, and nobody finishes.
+    half = tmp_path / ".shard-000000.tar.1.tmp"
+    half.write_bytes(b"half")
+    with shard_folder.claimed(tmp_path, (tmp_path / "parts" / "plan").read_text(), Shard.parse("0/2")):
+        assert task("1/2").kept == CLIPS // 2
+        with pytest.raises(UserError, match="another run is writing there"):
+            task("0/2")
+    assert half.exists()
+    last = task("0/2")
+    assert (last.kept, last.details["samples"]) == (CLIPS, CLIPS)
+    assert contents(tmp_path) == contents(prepared.shards)
+    assert task("1/2").up_to_date
