@@ -83,7 +83,7 @@ def run(
     check_output(manifest_in, manifest_out)
     config = load_rules(rules)
     steps, cut = steps_of(config), chosen_level(config, subset)
-    tally = Tally(steps)
+    tally = Tally(steps, [entry.name for entry in config.subsets])
     histograms = Histograms.of(manifest_in, steps) if report_folder else None
     if dry_run:
         _judge_only(manifest_in, steps, cut, tally, histograms)

@@ -22,6 +22,8 @@ class Tally:
     """What the rules did to all tables so far."""
 
     steps: Sequence[Step]
+    subsets: Sequence[str]
+    """Names, from the widest to the strictest."""
     rows: int = 0
     dropped_before: int = 0
     kept: int = 0
@@ -62,7 +64,10 @@ def judge(table: pa.Table, steps: Sequence[Step], cut: int, tally: Tally) -> pa.
         tally.fails[step.name] += int(fails.sum())
         tally.removed[step.name] += int(newly.sum())
     reasons = _reasons(table, steps, np.where(kept, first, len(steps)))
-    return _columns(table, steps, cut, kept, first, reasons, tally)
+    # Level of the rule that stopped the clip: it is in all subsets below it.
+    stopped = np.array([*(step.level for step in steps), len(tally.subsets) + 1])[first]
+    _count(table, kept, kept & (stopped <= cut), reasons, tally)
+    return _columns(table, cut, kept, stopped, reasons, tally.subsets)
 
 
 def numbers(table: pa.Table, tag: str) -> np.ndarray:
@@ -133,36 +138,27 @@ def _texts(table: pa.Table, step: Step, where: np.ndarray) -> pa.Array:
 
 
 def _columns(
-    table: pa.Table,
-    steps: Sequence[Step],
-    cut: int,
-    kept: np.ndarray,
-    first: np.ndarray,
-    reasons: pa.Array,
-    tally: Tally,
+    table: pa.Table, cut: int, kept: np.ndarray, stopped: np.ndarray, reasons: pa.Array, subsets: Sequence[str]
 ) -> pa.Table:
-    levels = np.array([step.level for step in steps] + [max((step.level for step in steps), default=0) + 1])
-    # Level of the rule that stopped the clip: it is in all subsets below it.
-    stopped = levels[first]
+    inside = pa.array([None, *subsets], pa.string()).take(pa.array(np.maximum(stopped - 1, 0)))
+    none = pa.nulls(table.num_rows, pa.string())
+    outside = pc.if_else(pa.array(stopped > 0), reasons, none)
     drops = kept & (stopped <= cut)
-    _count(table, kept, drops, reasons, tally)
-    names = pa.array([None, *dict.fromkeys(step.subset for step in steps if step.subset)], pa.string())
-    inside = pa.array(np.where(kept, np.maximum(stopped - 1, 0), 0))
-    nested = pa.array(~kept | (stopped == 0))
     return pa.table(
         {
-            "dropped_by": pc.if_else(pa.array(drops), pa.scalar(STAGE), table["dropped_by"]),
+            "dropped_by": _where(drops, pa.scalar(STAGE), table, "dropped_by"),
             "drop_reason": _where(drops, reasons, table, "drop_reason"),
-            "subset": names.take(inside),
-            "subset_reason": pc.if_else(nested, pa.scalar(None, pa.string()), reasons),
+            # Clips that were dropped before keep what an earlier filter wrote about them.
+            "subset": _where(kept, inside, table, "subset"),
+            "subset_reason": _where(kept, outside, table, "subset_reason"),
         }
     )
 
 
-def _where(drops: np.ndarray, reasons: pa.Array, table: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
+def _where(rows: np.ndarray, values: pa.Array | pa.Scalar, table: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
     # A dry run reads no old reasons: it writes none.
     old = table[name] if name in table.schema.names else pa.nulls(table.num_rows, pa.string())
-    return pc.if_else(pa.array(drops), reasons, old)
+    return pc.if_else(pa.array(rows), values, old)
 
 
 def _count(table: pa.Table, kept: np.ndarray, drops: np.ndarray, reasons: pa.Array, tally: Tally) -> None:

@@ -36,7 +36,8 @@ def iter_manifest(path: Path, columns: Sequence[str] | None = None, rows: int = 
     """
     present = read_schema(path).names
     wanted = list(SCHEMA.names) if columns is None else list(columns)
-    with pq.ParquetFile(path) as file:
+    # Without pre-buffering, which would hold all that was read of the file until its end.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         batches = file.iter_batches(rows, columns=[name for name in wanted if name in present])
         yield from _ahead(complete_columns(pa.Table.from_batches([batch]), wanted) for batch in batches)
 

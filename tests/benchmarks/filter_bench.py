@@ -114,8 +114,9 @@ def run_dry(source: Path, out: Path, rules: Path) -> int:
 def run_whole_table(source: Path, out: Path, rules: Path) -> int:
     """The same verdicts on the whole table in memory."""
     table = read_manifest(source)
-    steps = steps_of(load_rules(rules))
-    tally = Tally(steps)
+    config = load_rules(rules)
+    steps = steps_of(config)
+    tally = Tally(steps, [subset.name for subset in config.subsets])
     verdicts = judge(table, steps, 1, tally)
     for name in verdicts.schema.names:
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), verdicts[name])

@@ -149,6 +149,40 @@ def test_reasons_say_value_bounds_and_subset(tmp_path: Path) -> None:
     assert (row["subset"], row["subset_reason"]) == ("wide", "aesthetic: 31.25 is outside [50..] (subset narrow)")
 
 
+def test_a_subset_without_rules_holds_what_the_one_before_it_does(tmp_path: Path) -> None:
+    rows: list[Row] = [{"source": f"{blur}.mp4", "is_image": False, "blur": float(blur)} for blur in (1, 5, 9)]
+    levels = [("all", []), ("sharp", [{"tag": "blur", "min": 4}]), ("same", []), ("best", [{"tag": "blur", "min": 8}])]
+    rules = {"subsets": [{"name": name, "rules": tests} for name, tests in levels]}
+    source = written(tmp_path / "in.parquet", rows)
+    for subset, kept in (("all", 3), ("sharp", 2), ("same", 2), ("best", 1)):
+        report = filter_stage.run(source, tmp_path / "o.parquet", rules_file(tmp_path / "r.yaml", rules), subset)
+        assert report.kept == kept
+        found = [row["subset"] for row in read_manifest(tmp_path / "o.parquet").to_pylist()]
+        assert found == ["all", "same", "best"]
+
+
+def test_a_second_filter_leaves_the_first_ones_verdicts_on_dropped_clips(tmp_path: Path) -> None:
+    source = written(tmp_path / "in.parquet", random_rows(400))
+    rules = rules_file(tmp_path / "r.yaml", RULES)
+    filter_stage.run(source, tmp_path / "1.parquet", rules, "narrow")
+    later = rules_file(tmp_path / "later.yaml", {"subsets": [{"name": "x", "rules": [{"tag": "blur", "min": 60}]}]})
+    filter_stage.run(tmp_path / "1.parquet", tmp_path / "2.parquet", later)
+    first, second = (read_manifest(tmp_path / f"{n}.parquet").to_pylist() for n in (1, 2))
+    for before, after in zip(first, second, strict=True):
+        if before["dropped_by"]:
+            assert after == before
+        else:
+            assert after["subset"] == ("x" if before["blur"] >= 60 else None)
+    assert {row["subset"] for row in first if row["dropped_by"]} == {None, "wide"}
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    source = written(tmp_path / "in.parquet", random_rows(20))
+    (tmp_path / ".out.parquet.12345.tmp").write_bytes(b"half a manifest")
+    filter_stage.run(source, tmp_path / "out.parquet", rules_file(tmp_path / "r.yaml", RULES))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_a_missing_value_is_an_error_or_what_the_rule_says(tmp_path: Path, value: float | None) -> None:
     rows: list[Row] = [{"source": "a.mp4", "is_image": False, "nsfw": value}, {"source": "b.mp4", "nsfw": 0.2}]
@@ -198,6 +232,24 @@ def test_pieces_of_any_size_make_the_same_table(tmp_path: Path) -> None:
         assert pa.concat_tables(iter_manifest(source, rows=rows)).equals(read_manifest(source))
     narrow = pa.concat_tables(iter_manifest(source, ["blur", "source"], rows=30))
     assert narrow.equals(read_manifest(source).select(["blur", "source"]))
+
+
+def test_reading_holds_a_few_pieces_and_not_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "in.parquet"
+    piece = table_from_rows({"caption": rng.bytes(2000).hex()} for _ in range(1000))
+    with pq.ParquetWriter(source, SCHEMA) as writer:
+        for _ in range(16):
+            writer.write_table(piece)
+    held = []
+    start = pa.total_allocated_bytes()
+    for table in iter_manifest(source, rows=500):
+        held.append(pa.total_allocated_bytes() - start)
+        assert table.num_rows == 500
+    # Two pieces of 2 MB and a row group of 4 MB being decoded; the whole is 64 MB.
+    assert len(held) == 32
+    assert max(held) < 24e6
+    assert max(held[24:]) < 1.5 * max(held[:8])
 
 
 def test_a_manifest_of_version_1_is_filtered(tmp_path: Path) -> None:
