@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data_prep import cli, demo_clips
+from data_prep.recipe import Run, plan
 from megatron_video.cli import run_command
 from megatron_video.shards import ShardDataset
 from megatron_video.vae import VAEConfig, VideoVAE, save_vae
@@ -35,6 +36,12 @@ def make_encoders(work: Path) -> None:
     assert build_text_encoders.main(["build", "--captions", filtered, "--out", str(work / "text")]) in (0, None)
 
 
+def encode_command(work: Path, out: Path) -> list[str]:
+    """What the recipe's encode stage runs, to another folder."""
+    _, steps = plan(RECIPE, Run(source=work, work=work))
+    return ["encode", "--in", str(steps[4].source), "--out", str(out), *steps[4].argv]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "report.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -51,6 +58,14 @@ def test_the_shipped_recipe_makes_verified_shards_also_after_a_kill(tmp_path: Pa
     samples = stages[4]["report"]["kept"]
     assert stages[5]["report"]["samples"] == samples == len(ShardDataset(work / "5-encode")) > 20
     assert stages[5]["report"]["faults"] == []
+    # Tasks of an array, one of which has nothing to do; the last one finishes the folder.
+    shards = len(list((work / "5-encode").glob("*.tar")))
+    assert shards > 2
+    for index in (1, shards, *range(2, shards), 0):
+        assert not (tmp_path / "array" / "dataset_info.json").exists()
+        share = ["--shard", f"{index}/{shards + 1}"]
+        assert run_command(cli.main, [*encode_command(work, tmp_path / "array"), *share]) == 0
+    assert contents(tmp_path / "array") == contents(work / "5-encode")
     # The same encoders in another work folder, and a run that is killed when its first shard is there.
     killed.mkdir()
     for name in ("vae", "text"):
