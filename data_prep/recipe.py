@@ -83,8 +83,11 @@ class Step:
         """
         place = [f"--in={self.source}", *([f"--out={self.out}"] if self.out else [])]
         printed = io.StringIO()
-        with redirect_stdout(printed):
-            code = _main_of(self.stage)([*place, *self.argv, "--json"])
+        try:
+            with redirect_stdout(printed):
+                code = _main_of(self.stage)([*place, *self.argv, "--json"])
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
         return StageRun(self.name, self.stage, str(self.out or self.source), code or 0, _last_json(printed.getvalue()))
 
 

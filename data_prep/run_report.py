@@ -76,7 +76,8 @@ def stage_table(runs: Sequence[StageRun]) -> list[str]:
 def _table_line(run: StageRun) -> str:
     report = run.report
     figures = [str(report.get(key, "")) for key in ("rows_in", "kept", "dropped_here", "dropped_before")]
-    seconds = "" if run.seconds is None else f"{run.seconds:.1f}" + (" (earlier)" if run.seconds_earlier else "")
+    earlier = " (earlier)" if run.seconds_earlier is not None else ""
+    seconds = "" if run.seconds is None else f"{run.seconds:.1f}{earlier}"
     why = ", ".join(f"{reason} {count}" for reason, count in sorted(report.get("reasons", {}).items()))
     if run.exit_code:
         why = f"**exit code {run.exit_code}** {why}"
