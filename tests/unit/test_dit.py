@@ -204,7 +204,7 @@ def test_bad_sizes_are_refused_by_name(one_process: ParallelConfig) -> None:
         model(**given | {"latents": torch.zeros(2, 1, 6, 5, 4)})
     with pytest.raises(ValueError, match="rope_channel_split"):
         DiTConfig(attention_head_dim=12)
-    with pytest.raises(UserError, match="nearest that work: parallel.tensor_model_parallel_size=1, 2, 4"):
+    with pytest.raises(UserError, match=r"nearest that work: parallel\.tensor_model_parallel_size=1, 2, 4"):
         build_dit(config, ParallelConfig(tensor_model_parallel_size=3), torch.float32, device=CPU)
     with pytest.raises(UserError, match="num_layers=2"):
         build_dit(config, ParallelConfig(pipeline_model_parallel_size=3), torch.float32, device=CPU)

@@ -14,7 +14,10 @@ from training.config import PRESET_DIR, AdamWConfig, PretrainConfig
 from training.optimizer import learning_rate
 
 REFUSED = [
-    (["model.num_attention_heads=6", "parallel.tensor_model_parallel_size=4"], "that work: parallel.tensor_model_parallel_size=2, 3, 6"),
+    (
+        ["model.num_attention_heads=6", "parallel.tensor_model_parallel_size=4"],
+        "that work: parallel.tensor_model_parallel_size=2, 3, 6",
+    ),
     (["model.num_layers=6", "parallel.pipeline_model_parallel_size=4"], "num_layers=6"),
     (["parallel.sequence_parallel=true"], "tensor_model_parallel_size"),
     (["data.global_batch_size=10", "data.micro_batch_size=4"], "nearest: 8 or 12"),
