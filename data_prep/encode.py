@@ -11,9 +11,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,49 +148,60 @@ def run(
         decode_threads=decode_threads or max(1, default_workers() // len(devices)),
         torch_threads=torch_threads,
     )
-    details: dict[str, Any] = {"device": device, "decoder": settings.decoder}
-
-    def report(result: pa.Table, up_to_date: bool = False) -> StageReport:
-        return make_report(STAGE, result, shard_folder, table.num_rows, started, up_to_date, details)
-
-    def finish() -> StageReport:
-        write_manifest(_joined(table, plan, unplaced, shard_folder), shard_folder / MANIFEST_FILE)
-        # The very last step: until then the folder counts as unfinished.
-        finish_dataset(shard_folder, read_encoders(shard_folder))
-        details.update(_figures(shard_folder))
-        done = report(read_manifest(shard_folder / MANIFEST_FILE))
-        write_atomically(shard_folder / REPORT_FILE, json.dumps(asdict(done), ensure_ascii=False).encode())
-        return done
-
+    output = _Output(shard_folder, fingerprint, table, plan, unplaced, started)
+    output.details.update(device=device, decoder=settings.decoder)
     with claimed(shard_folder, fingerprint, share):
-        if (shard_folder / INFO_FILE).is_file():
-            details |= _figures(shard_folder)
-            return report(read_manifest(shard_folder / MANIFEST_FILE), up_to_date=True)
-        mine = [planned for number, planned in enumerate(plan) if share is None or number in share]
-        details |= _encode_missing(mine, job, devices)
+        if output.finished:
+            return output.report(read_manifest(shard_folder / MANIFEST_FILE), up_to_date=True)
+        mine = [shard for number, shard in enumerate(plan) if share is None or number in share]
+        output.details.update(_encode_missing(mine, job, devices))
         if share is None:
-            return finish()
-    return _finish_if_last(plan, mine, shard_folder, fingerprint, finish, report)
+            return output.finish()
+    return output.finish_if_last(mine)
 
 
-def _finish_if_last(
-    plan: Sequence[PlannedShard],
-    mine: Sequence[PlannedShard],
-    folder: Path,
-    fingerprint: str,
-    finish: Callable[[], StageReport],
-    report: Callable[[pa.Table], StageReport],
-) -> StageReport:
-    """Of an array's tasks, the one that finds all shards there finishes the folder; the others report their share."""
-    try:
-        with claimed(folder, fingerprint):
-            if not _missing(plan, folder) and not (folder / INFO_FILE).is_file():
-                return finish()
-    except LockedError:
-        # Others are at work; the last of them finishes.
-        pass
-    parts = [read_manifest(rows_part(folder, shard)) for shard in mine]
-    return report(pa.concat_tables(parts or [table_from_rows([])]))
+@dataclass
+class _Output:
+    """The folder that a run fills: its last steps, and the report."""
+
+    folder: Path
+    fingerprint: str
+    table: pa.Table
+    """The manifest that came in."""
+    plan: Sequence[PlannedShard]
+    unplaced: Sequence[Row]
+    started: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / INFO_FILE).is_file()
+
+    def finish(self) -> StageReport:
+        """Join what the shards' writers left; every shard must be there."""
+        rows = _joined(self.table, self.plan, self.unplaced, self.folder)
+        write_manifest(rows, self.folder / MANIFEST_FILE)
+        # The very last step: until then the folder counts as unfinished.
+        finish_dataset(self.folder, read_encoders(self.folder))
+        report = self.report(read_manifest(self.folder / MANIFEST_FILE))
+        write_atomically(self.folder / REPORT_FILE, json.dumps(asdict(report), ensure_ascii=False).encode())
+        return report
+
+    def finish_if_last(self, mine: Sequence[PlannedShard]) -> StageReport:
+        """Of an array's tasks, the one that finds all shards there finishes; the others report their own, `mine`."""
+        try:
+            # The whole can be held only when no other task is at work: the last of them finishes.
+            with claimed(self.folder, self.fingerprint):
+                if not self.finished and not _missing(self.plan, self.folder):
+                    return self.finish()
+        except LockedError:
+            pass
+        parts = [read_manifest(rows_part(self.folder, shard)) for shard in mine]
+        return self.report(pa.concat_tables(parts or [table_from_rows([])]))
+
+    def report(self, result: pa.Table, up_to_date: bool = False) -> StageReport:
+        details = (_figures(self.folder) if self.finished else {}) | self.details
+        return make_report(STAGE, result, self.folder, self.table.num_rows, self.started, up_to_date, details)
 
 
 def _devices(device: str, workers: int | None) -> list[str]:

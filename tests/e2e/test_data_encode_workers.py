@@ -181,7 +181,7 @@ def test_a_clip_that_kills_every_worker_is_dropped(prepared: Prepared, tmp_path:
         assert (out / name).read_bytes() == (prepared.shards / name).read_bytes()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(
     prepared: Prepared, tmp_path: Path, workers: int
 ) -> None:
