@@ -17,11 +17,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
+from data_prep.lock import run_lock
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from training.config import PRESET_DIR
@@ -29,6 +32,7 @@ from training.telemetry import write_json
 from training.vae_checkpoint import write_model
 from training.vae_clips import TrainingClips
 from training.vae_config import VAETrainConfig
+from training.vae_ranks import join_ranks
 from training.vae_report import VAETelemetry, read_before, write_before, write_reconstructions
 from training.vae_run import VAERun
 
@@ -44,7 +48,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.deepspeed and config.zero_stage is None:
         config.zero_stage = 2
-    report = train(config)
+    try:
+        report = train(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if arguments.json and int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report))
     return 0
@@ -56,10 +64,18 @@ def train(config: VAETrainConfig) -> dict[str, Any]:
     Under torchrun every rank calls it; they share the work.
 
     Raises:
-        UserError: unusable data, a checkpoint of other settings, or a loss that is not finite.
+        UserError: unusable data, a checkpoint of other settings, another run on the same output, or a loss that is not
+            finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
-    run = VAERun(config)
+    ranks = join_ranks(config.device, config.zero_stage)
+    lock = run_lock(Path(config.output) / ".run.lock", config.output) if ranks.leads else contextlib.nullcontext()
+    with lock:
+        return _train(VAERun(config, ranks))
+
+
+def _train(run: VAERun) -> dict[str, Any]:
+    config = run.config
     if run.step == config.total_steps and (run.folder / REPORT).is_file():
         report: dict[str, Any] = json.loads((run.folder / REPORT).read_text(encoding="utf-8"))
         print(f"{run.folder}: trained already, {run.step} steps; held out PSNR {report['psnr']:.2f} dB", flush=True)

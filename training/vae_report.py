@@ -133,15 +133,17 @@ def _by_bucket(pictures: list[Reconstruction], score: str) -> dict[str, float]:
 def write_reconstructions(
     pictures: list[Reconstruction], path: Path, before: list[Reconstruction] | None = None
 ) -> None:
-    """A PNG with a few clips of every bucket, each above its reconstructions before and after training."""
+    """A PNG with a few clips of every bucket, each above its reconstructions before and after, with PSNR and SSIM."""
     rows = []
     for bucket, chosen in _shown(pictures).items():
         earlier = _shown(before)[bucket] if before else [None] * len(chosen)
         for number, (after, first) in enumerate(zip(chosen, earlier, strict=True), start=1):
             parts = [after.original, *([first.decoded] if first else []), after.decoded]
-            scores = f"PSNR {after.psnr:.1f} dB, SSIM {after.ssim:.2f}"
-            scores = f"before {first.psnr:.1f} dB, {first.ssim:.2f}; after {scores}" if first else scores
-            rows.append((f"{bucket.name} no. {number}: {scores}", np.concatenate(parts, axis=1)))
+            rows_are = (
+                f"original, before ({first.psnr:.1f} dB, {first.ssim:.2f}), after" if first else "original, decoded"
+            )
+            caption = f"{bucket.name} no. {number}: {rows_are} ({after.psnr:.1f} dB, {after.ssim:.2f})"
+            rows.append((caption, np.concatenate(parts, axis=1)))
     write_contact_sheet(rows, path, columns=SHOWN_FRAMES, scale=max(1, round(192 / rows[0][1].shape[1])))
 
 

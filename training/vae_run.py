@@ -20,7 +20,7 @@ from training.vae_checkpoint import find_run, refuse_other_settings, save_run
 from training.vae_clips import TrainingClips
 from training.vae_config import VAEStage, VAETrainConfig
 from training.vae_phases import first_model, freeze, next_model, whole_copy
-from training.vae_ranks import join_ranks
+from training.vae_ranks import Ranks
 from training.vae_report import HeldOut, Reconstruction, evaluate, is_finite, kl_divergence, to_input
 from training.vae_updater import Updater, build_updater, zero_stage_of
 from training.weight_average import WeightAverage
@@ -33,10 +33,10 @@ class VAERun:
     updater: Updater
     average: WeightAverage | None
 
-    def __init__(self, config: VAETrainConfig) -> None:
+    def __init__(self, config: VAETrainConfig, ranks: Ranks) -> None:
         self.config = config
         self.folder = Path(config.output)
-        self.ranks = join_ranks(config.device, config.zero_stage)
+        self.ranks = ranks
         self.layout = _describe_layout(zero_stage_of(config, self.ranks), self.ranks.world)
         for stage in config.stages:
             self.ranks.share(stage.batch_size)
@@ -225,4 +225,4 @@ class VAERun:
 
 
 def _describe_layout(zero_stage: int | None, world: int) -> str:
-    return "plain torch in one process" if zero_stage is None else f"DeepSpeed ZeRO {zero_stage} on {world} ranks"
+    return "plain torch in one process" if zero_stage is None else f"DeepSpeed ZeRO {zero_stage}, world size {world}"

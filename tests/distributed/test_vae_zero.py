@@ -79,7 +79,7 @@ def test_two_ranks_give_the_numbers_of_one_process(
     shared["adversarial"] = adversarial
     alone = train_vae.train(vae_config(output=tmp_path / "alone", **shared))
     report = _train(pair, output=tmp_path / "pair", zero_stage=zero_stage, **shared)
-    assert report["layout"] == f"DeepSpeed ZeRO {zero_stage} on 2 ranks"
+    assert report["layout"] == f"DeepSpeed ZeRO {zero_stage}, world size 2"
     names = [*NAMES, *(("adversarial", "discriminator", "adversarial_scale") if zero_stage == 2 else ())]
     one, two = ([[s.get(n, 0.0) for n in names] for s in _steps(tmp_path / name)] for name in ("alone", "pair"))
     assert len(one) == sum(stage["steps"] for stage in stages)

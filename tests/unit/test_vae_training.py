@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from vae_clips_on_disk import vae_config, write_clips
 
+from data_prep.lock import run_lock
 from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
 from megatron_video.vae import load_vae
@@ -131,6 +132,17 @@ def test_unusable_data_is_refused(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_bytes(b"half a file")
     with pytest.raises(UserError, match="names no readable checkpoint"):
         train_vae.train(vae_config(manifest, tmp_path))
+
+
+def test_two_runs_on_one_output_are_refused(manifest: Path, tmp_path: Path) -> None:
+    with run_lock(tmp_path / ".run.lock", tmp_path), pytest.raises(UserError, match="another run is writing there"):
+        train_vae.train(vae_config(manifest, tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step [0-9] gave .*lower learning_rate"):
+        train_vae.train(vae_config(manifest, tmp_path, learning_rate=1e30, evaluate_first=False))
 
 
 @pytest.mark.parametrize("preset", ["vae_demo", "vae_paper"])
