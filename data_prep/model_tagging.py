@@ -77,7 +77,7 @@ def run_with_models(manifest_in: Path, manifest_out: Path, workers: int | Execut
 
 def _tag_batch(config_json: str, prints_json: str, rows: list[Row]) -> list[Row]:
     # Before any clip, and outside what may drop one: a wrong model must stop the run.
-    _, tags = loaded_once(config_json)
+    tags = loaded_once(config_json, prints_json)
     with ThreadPoolExecutor(_DECODE_THREADS) as threads:
         clips = list(threads.map(_clip, rows))
     scored = [number for number, (_, frames) in enumerate(clips) if frames is not None]

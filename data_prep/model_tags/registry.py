@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Callable
 from functools import lru_cache
@@ -110,12 +111,13 @@ def load_models(config: ModelsConfig) -> list[ModelTag]:
 
 
 @lru_cache(maxsize=1)
-def loaded_once(config_json: str) -> tuple[ModelsConfig, list[ModelTag]]:
-    """The models of a configuration, which a worker process loads with its first batch and keeps."""
-    import json
+def loaded_once(config_json: str, prints_json: str) -> list[ModelTag]:
+    """The models of a configuration, which a worker process loads with its first batch and keeps.
 
-    config = build_config(ModelsConfig, json.loads(config_json), "models")
-    return config, load_models(config)
+    `prints_json` are the fingerprints of their files: other weights under the same names are loaded anew.
+    """
+    clip_encoder.cache_clear()
+    return load_models(build_config(ModelsConfig, json.loads(config_json), "models"))
 
 
 def _configured(config: ModelsConfig) -> dict[str, _Kind]:

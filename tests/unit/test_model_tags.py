@@ -478,6 +478,10 @@ def test_other_weights_are_another_fingerprint_and_a_new_run(tmp_path: Path, wei
     again = tag.run(manifest, tmp_path / "2.parquet", models=config)
     assert not again.up_to_date
     assert first.details["models"] != again.details["models"]
+    # Also in a process that has loaded the old ones.
+    row = read_manifest(tmp_path / "2.parquet").to_pylist()[0]
+    scorer = AestheticTag(ClipEncoder(clip, CPU, FP32), tmp_path / "head.pth")
+    assert row["aesthetic"] == pytest.approx(scorer.score(batch_of(tag.tag_clip(row)[1]))[0], abs=1e-5)
 
 
 def spread_runs(tmp_path: Path, weights: Path, spread: list[Execution]) -> None:
