@@ -70,10 +70,10 @@ def _video_pipeline(device: torch.device, num_frames: int) -> Any:
     def decode() -> Any:
         encoded = fn.external_source(name="encoded", device="cpu", dtype=types.UINT8, ndim=1)
         start = fn.external_source(name="start", device="cpu", dtype=types.INT32, ndim=0)
+        # It left `experimental` in one of the 2.x releases.
+        video = getattr(fn.decoders, "video", None) or fn.experimental.decoders.video
         # No padding: a file that is too short gives fewer frames, which is noticed.
-        return fn.decoders.video(
-            encoded, device="mixed", start_frame=start, sequence_length=num_frames, pad_mode="none"
-        )
+        return video(encoded, device="mixed", start_frame=start, sequence_length=num_frames, pad_mode="none")
 
     pipeline = decode()
     pipeline.build()
