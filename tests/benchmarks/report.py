@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformer-engine-torch")
+_PACKAGES = (
+    *("torch", "triton", "megatron-core", "transformer-engine", "transformer-engine-torch"),
+    *("av", "decord", "torchcodec", "webdataset", "scenedetect", "scenedetect-headless"),
+)
 
 
 def environment() -> dict[str, Any]:
