@@ -64,7 +64,7 @@ def _noise(axes: Axes, latents: Mapping[str, Any]) -> None:
     axes.bar(numbers + 0.2, noise, width=0.4, label="noise: posterior deviation")
     # Channels whose noise is as large as their signal carry nothing.
     axes.set(title="latents: signal and noise", xlabel="channel", yscale="log")
-    axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _text(axes: Axes, tokens: npt.NDArray[Any]) -> None:
