@@ -19,6 +19,8 @@ from megatron_video.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Of a block, when its process or node dies; Ray Data's own is to try for ever.
+_RETRIES = 3
 # Items a block at most: what a lost node makes Ray do again.
 _BLOCK_ITEMS = 64
 
@@ -57,13 +59,23 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item], workers: 
     task = _Task(function, ray.put(items))
     blocks = max(min(len(items), 4 * workers), -(-len(items) // _BLOCK_ITEMS))
     numbers = ray.data.range(len(items), override_num_blocks=blocks)
-    outcomes = numbers.map_batches(task.__call__, batch_size=None, batch_format="numpy", concurrency=workers)
-    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for outcome in batch["outcome"]:
-            good, value = pickle.loads(outcome.as_py())
-            if not good:
-                raise value
-            yield value
+    outcomes = numbers.map_batches(
+        task.__call__, batch_size=None, batch_format="numpy", concurrency=workers, max_retries=_RETRIES
+    )
+    for pickled in _rows(ray, outcomes):
+        good, value = pickle.loads(pickled)
+        if not good:
+            raise value
+        yield value
+
+
+def _rows(ray: Any, outcomes: Any) -> Iterator[bytes]:
+    try:
+        for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch["outcome"].to_pylist()
+    except ray.exceptions.RayError as error:
+        # A task's own exceptions are values: this is a node lost too often, or a worker short of memory.
+        raise UserError(f"--engine ray: {str(error).rstrip('.')}; the same command goes on where it was") from None
 
 
 def _started_ray(workers: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -133,5 +134,8 @@ def test_ray_makes_the_same_bytes(pipeline: Pipeline, tmp_path: Path, monkeypatc
         assert list(parallel_map(partial(operator.floordiv, 5040), numbers, execution)) == [5040 // n for n in numbers]
         with pytest.raises(ZeroDivisionError):
             list(parallel_map(partial(operator.floordiv, 5040), range(-2, 2), execution))
+        # An item that kills its process every time must not be tried for ever.
+        with pytest.raises(UserError, match="--engine ray: .*died"):
+            list(parallel_map(signal.raise_signal, [signal.SIGKILL], execution))
     finally:
         ray.shutdown()
