@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "split": ("data_prep.split", "deal samples out over several folders, such as train and test"),
     "reshard": ("data_prep.reshard", "write shards of another size, on demand in another order"),
     "blend": ("data_prep.blend", "write or check a YAML file that names folders of shards and their weights"),
-    "run": ("data_prep.run", "ingest, segment, tag and filter in one go"),
+    "run": ("data_prep.run", "a whole pipeline: the stages of a recipe (YAML), or ingest to filter in one go"),
 }
 
 

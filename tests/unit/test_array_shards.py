@@ -135,7 +135,7 @@ def test_ray_makes_the_same_bytes(pipeline: Pipeline, tmp_path: Path, monkeypatc
         with pytest.raises(ZeroDivisionError):
             list(parallel_map(partial(operator.floordiv, 5040), range(-2, 2), execution))
         # An item that kills its process every time must not be tried for ever.
-        with pytest.raises(UserError, match="--engine ray: .*died"):
+        with pytest.raises(UserError, match=r"--engine ray: .*died"):
             list(parallel_map(signal.raise_signal, [signal.SIGKILL], execution))
     finally:
         ray.shutdown()
