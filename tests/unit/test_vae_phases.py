@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megatron_video.vae.initialisation import initialise
 from training import train_vae, vae_run
 from training.vae_config import VAETrainConfig
 from training.vae_phases import freeze, next_model
+from training.vae_ranks import Ranks
+from training.vae_updater import build_updater
 
 BASE = {"steps": 2, "frames": 1, "crop": 16, "batch_size": 2, "kind": "base"}
 MODULES = [{**BASE, "kind": "dual_path", "trains": trains} for trains in ("dual_path", "middle", "all")]
@@ -136,6 +139,19 @@ def test_freezing_is_undone_by_the_next_phase() -> None:
     assert {part_of(n) for n, p in vae.named_parameters() if p.requires_grad} == {"dual_path"}
     freeze(vae, "dual_path", "all")
     assert all(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_several_ranks_without_deepspeed_are_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = _config()
+    with pytest.raises(UserError, match=r"pip install 'megatron-video\[vae\]'"):
+        build_updater(VideoVAE(config.model), config, Ranks(0, 2, torch.device("cpu")))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
+    assert Ranks(1, 2, torch.device("cpu")).share(6) == slice(3, 6)
+    with pytest.raises(UserError, match="a batch of 5 does not divide into 2 ranks"):
+        Ranks(1, 2, torch.device("cpu")).share(5)
 
 
 @pytest.mark.parametrize(
