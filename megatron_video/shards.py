@@ -11,11 +11,9 @@ is written last: a folder without it is unfinished. shard_schema.py has the name
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shutil
-import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -55,6 +53,7 @@ from megatron_video.shard_schema import (
     to_stored,
     write_atomically,
 )
+from megatron_video.shard_tar import ShardTar
 
 _OPEN_SHARDS = 64
 
@@ -69,7 +68,7 @@ class ShardWriter:
         self.folder, self.name = Path(folder), name
         (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
         self._temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = ShardTar(self._temporary)
         self._rows: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> ShardWriter:
@@ -79,11 +78,10 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # Closing writes the end of the tar, which fails too where the disk is full.
-            self._tar.close()
             # A shard without samples is not written.
-            if kind is None and self._rows:
-                self._publish()
+            checksum = self._end_tar(kind is None and bool(self._rows))
+            if checksum is not None:
+                self._publish(checksum)
         finally:
             self._temporary.unlink(missing_ok=True)
 
@@ -103,7 +101,10 @@ class ShardWriter:
             UserError: the key is taken or has a dot.
         """
         self._check_key(key)
-        offsets = {payload: self._append(key, payload, content) for payload, content in payloads.items()}
+        offsets = {
+            payload: self._tar.append(f"{key}.{MEMBER_SUFFIXES[payload]}", content)
+            for payload, content in payloads.items()
+        }
         row: dict[str, Any] = {"key": key, "shard": self.name, "bucket": bucket.name, **bucket._asdict()}
         row |= {f"latent_{name}": size for name, size in bucket.latent_shape._asdict().items()}
         for payload, content in payloads.items():
@@ -124,18 +125,15 @@ class ShardWriter:
             shapes = f"llm {list(sample.llm.shape)}, clip {list(sample.clip.shape)}"
             raise UserError(f"sample {sample.key}: text states must be [tokens, width]; got {shapes}")
 
-    def _append(self, key: str, payload: str, content: bytes) -> int:
-        # Headers carry nothing but name and size: time, user and host must not change the bytes.
-        header = tarfile.TarInfo(f"{key}.{MEMBER_SUFFIXES[payload]}")
-        header.size, header.mode = len(content), 0o644
-        self._tar.addfile(header, io.BytesIO(content))
-        # tarfile counts up to the end of the padded content; the content starts right behind its header.
-        padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._tar.offset - padded
+    def _end_tar(self, complete: bool) -> str | None:
+        try:
+            # The end of the tar fails too where the disk is full.
+            return self._tar.finish() if complete else None
+        finally:
+            self._tar.close()
 
-    def _publish(self) -> None:
-        record = {"name": self.name, "bytes": self._temporary.stat().st_size, "samples": len(self._rows)}
-        record["sha256"] = file_sha256(self._temporary)
+    def _publish(self, checksum: str) -> None:
+        record = {"name": self.name, "bytes": self._tar.size, "samples": len(self._rows), "sha256": checksum}
         table = pa.Table.from_pylist(list(self._rows.values()), schema=INDEX_SCHEMA)
         # First the tar, then its index: an index without its tar must never exist.
         os.replace(self._temporary, self.folder / self.name)
