@@ -41,8 +41,8 @@ from data_prep.workers import Shard
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.errors import UserError
+from megatron_video.files import file_sha256
 from megatron_video.manifest import read_manifest, table_from_rows, write_manifest
-from megatron_video.shard_schema import file_sha256
 
 STAGE = "caption"
 BATCH_ROWS = 4096

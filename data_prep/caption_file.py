@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.caption_config import Answer, Clip, Kind
 from data_prep.listing import read_records
 from megatron_video.errors import UserError
-from megatron_video.shard_schema import file_sha256
+from megatron_video.files import file_sha256
 
 _KEYS = ("clip_id", "path")
 

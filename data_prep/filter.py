@@ -33,7 +33,7 @@ from data_prep.stage import (
 )
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict
-from megatron_video.shard_schema import file_sha256
+from megatron_video.files import file_sha256
 
 DEFAULT_RULES = Path(__file__).with_name("filter_demo.yaml")
 

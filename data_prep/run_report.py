@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.stage import StageReport
-from megatron_video.shard_schema import write_atomically
+from megatron_video.files import write_atomically
 
 REPORT_JSON = "report.json"
 REPORT_MARKDOWN = "report.md"

@@ -26,8 +26,8 @@ from data_prep.lock import LockedError
 from data_prep.parts import Parts, Selection, TableRows, clear_parts, output_lock
 from data_prep.workers import Execution, Shard, as_execution, default_workers, parallel_map, progress
 from megatron_video.errors import UserError
+from megatron_video.files import file_sha256
 from megatron_video.manifest import Row, dropped, read_manifest, read_schema, write_manifest
-from megatron_video.shard_schema import file_sha256
 
 Item = TypeVar("Item")
 

@@ -21,7 +21,7 @@ from typing import IO
 
 from data_prep.listing import MEDIA_SUFFIXES, SIDECAR_SUFFIXES, Entry, described, printable
 from megatron_video.errors import UserError
-from megatron_video.shard_schema import write_atomically
+from megatron_video.files import write_atomically
 
 HASH_BYTES = 12
 _SIDECAR_LIMIT = 1 << 20

@@ -5,9 +5,7 @@ The writer and the reader (shards.py) and the verifier take everything from here
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +22,8 @@ from safetensors.torch import save as dump_tensors
 
 from megatron_video.buckets import Bucket
 from megatron_video.errors import UserError
+from megatron_video.files import file_sha256 as file_sha256
+from megatron_video.files import write_atomically as write_atomically
 
 # Raised when a reader of the old layout would misread the new one.
 SHARD_SCHEMA_VERSION = 1
@@ -172,22 +172,3 @@ def shard_name(number: int) -> str:
 def index_part(folder: Path, name: str) -> Path:
     """Index of one shard; it is there exactly if the shard is complete."""
     return folder / PARTS_FOLDER / f"{name.removesuffix('.tar')}.index.parquet"
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
