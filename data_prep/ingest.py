@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_prep.listing import Entry, detect_language, find_entries
-from data_prep.stage import StageReport, execution_of, fingerprint_of, print_report, run_parts, stage_parser
+from data_prep.stage import StageReport, execution_of, fingerprint_of, lost_row, print_report, run_parts, stage_parser
 from data_prep.tar_members import content_hash, entries_of_tar
 from data_prep.workers import Execution, as_execution, parallel_map, progress
 from megatron_video.cli import run_command
@@ -67,7 +67,7 @@ def run(
         entries += _entries_of_tars(tars, extract_to or manifest_out.with_suffix(".files"), as_execution(workers))
     process = functools.partial(_ingest_file, uncaptioned=uncaptioned)
     fingerprint = fingerprint_of(STAGE, {"uncaptioned": uncaptioned}, _digest(entries))
-    return run_parts(STAGE, entries, manifest_out, process, fingerprint, workers, _drop_copies)
+    return run_parts(STAGE, entries, manifest_out, process, fingerprint, workers, _drop_copies, _lost_file)
 
 
 def _entries_of_tars(tars: Sequence[Path], folder: Path, execution: Execution) -> list[Entry]:
@@ -91,10 +91,19 @@ def _digest(entries: Sequence[Entry]) -> str:
     return digest.hexdigest()
 
 
-def _ingest_file(entry: Entry, uncaptioned: bool) -> list[Row]:
+def _lost_file(entry: Entry) -> list[Row]:
+    return lost_row(STAGE, _listed(entry))
+
+
+def _listed(entry: Entry) -> Row:
+    """What is known without opening the file."""
     caption = (entry.caption or "").strip()
     row: Row = {"source": entry.path, "caption": caption or None, "title": entry.title, "origin": entry.origin}
-    row["language"] = entry.language or detect_language(caption)
+    return {**row, "language": entry.language or detect_language(caption)}
+
+
+def _ingest_file(entry: Entry, uncaptioned: bool) -> list[Row]:
+    row = _listed(entry)
     if entry.fault:
         return [dropped(row, STAGE, entry.fault)]
     if not os.path.isfile(entry.path):
@@ -107,7 +116,7 @@ def _ingest_file(entry: Entry, uncaptioned: bool) -> list[Row]:
     except OSError as error:
         return [dropped(row, STAGE, f"unreadable: {entry.path}: {error.strerror}")]
     # Last, so that a file with two faults is reported for the graver one.
-    if not caption and not uncaptioned:
+    if not row["caption"] and not uncaptioned:
         return [dropped(row, STAGE, "no caption: neither a listing nor a sidecar .txt or .json has one")]
     return [row]
 

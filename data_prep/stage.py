@@ -73,7 +73,8 @@ def run_rows(
     check_output(manifest_in, manifest_out)
     rows = TableRows(read_manifest(manifest_in))
     fingerprint = fingerprint_of(stage, settings, file_sha256(manifest_in))
-    return run_parts(stage, rows, manifest_out, functools.partial(_guarded, stage, process), fingerprint, workers)
+    guarded, lost = functools.partial(_guarded, stage, process), functools.partial(lost_row, stage)
+    return run_parts(stage, rows, manifest_out, guarded, fingerprint, workers, lost=lost)
 
 
 def run_parts(
@@ -84,8 +85,11 @@ def run_parts(
     fingerprint: str,
     workers: int | Execution,
     finish: Callable[[pa.Table], pa.Table] | None = None,
+    lost: Callable[[Item], list[Row]] | None = None,
 ) -> StageReport:
     """Make `manifest_out` from `process(item)` over all items, in parts; `finish` changes the joined table.
+
+    An item whose processing kills its worker process again and again gives `lost(item)`.
 
     Raises:
         UserError: another run is writing there, or the disk is full.
@@ -98,7 +102,7 @@ def run_parts(
         parts = Parts(manifest_out, fingerprint, len(items), PART_ROWS, execution.shard)
         if execution.shard is None:
             clear_parts(manifest_out, keep=parts.folder)
-        _make_missing(stage, items, parts, process, execution)
+        _make_missing(stage, items, parts, process, execution, lost)
         if execution.shard is None:
             table = _join(parts, manifest_out, fingerprint, finish)
             return make_report(stage, table, manifest_out, len(items), started)
@@ -107,12 +111,17 @@ def run_parts(
 
 
 def _make_missing(
-    stage: str, items: Sequence[Item], parts: Parts, process: Callable[[Item], list[Row]], execution: Execution
+    stage: str,
+    items: Sequence[Item],
+    parts: Parts,
+    process: Callable[[Item], list[Row]],
+    execution: Execution,
+    lost: Callable[[Item], list[Row]] | None,
 ) -> None:
     missing = parts.missing(execution.shard)
     # One stream of work over all missing parts keeps the processes busy across their borders.
     todo = Selection(items, [parts.items_of(number) for number in missing])
-    results: Iterator[list[Row]] = progress(parallel_map(process, todo, execution), len(todo), stage)
+    results: Iterator[list[Row]] = progress(parallel_map(process, todo, execution, lost), len(todo), stage)
     for number in missing:
         produced = islice(results, len(parts.items_of(number)))
         parts.write(number, [row for rows in produced for row in rows])
@@ -310,6 +319,11 @@ def execution_of(arguments: argparse.Namespace) -> Execution:
     """
     shard = Shard.parse(arguments.shard) if arguments.shard else None
     return Execution(arguments.workers, arguments.engine, shard)
+
+
+def lost_row(stage: str, row: Row) -> list[Row]:
+    """The row of a clip that killed every process that worked on it."""
+    return [dropped(row, stage, f"crash: {row['source']} killed the processes that read it")]
 
 
 def _guarded(stage: str, process: Callable[[Row], list[Row]], row: Row) -> list[Row]:

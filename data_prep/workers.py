@@ -26,6 +26,8 @@ Engine = Literal["local", "ray"]
 _LOG_EVERY_SECONDS = 10.0
 # Messages under way per process: enough that none waits, few enough that memory stays bounded.
 _AHEAD = 4
+# Of an item alone in a process, after its process was killed: another item, or the kernel, may have been to blame.
+_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,19 @@ def default_workers() -> int:
 
 
 def parallel_map(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int | Execution
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int | Execution,
+    lost: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
     """Yield `function(item)` in order. With one local worker everything runs in this process.
 
-    Workers are spawned, not forked: libav, OpenCV and Arrow keep threads that do not survive a fork.
+    Workers are spawned, not forked: libav, OpenCV and Arrow keep threads that do not survive a fork. When a local one
+    is killed, what was under way is done again, one item at a time; an item that kills its process again gives
+    `lost(item)`.
 
     Raises:
-        UserError: a worker was killed, or Ray is asked for and not installed.
+        UserError: an item killed its process twice and there is no `lost`, or Ray is asked for and not installed.
     """
     execution = as_execution(workers)
     if execution.workers < 1:
@@ -102,30 +109,72 @@ def parallel_map(
     elif execution.workers == 1 or len(items) < 2:
         yield from map(function, items)
     else:
-        yield from _process_map(function, items, min(execution.workers, len(items)))
+        yield from _process_map(function, items, min(execution.workers, len(items)), lost)
 
 
-def _process_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    context = multiprocessing.get_context("spawn")
+def _process_map(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, lost: Callable[[Item], Result] | None
+) -> Iterator[Result]:
     # Several items a message where there are many, but every worker gets some.
-    size = max(1, min(16, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
+    chunks = batched(items, max(1, min(16, len(items) // (4 * workers))))
+    under_way: deque[list[Item]] = deque()
+    while True:
+        try:
+            yield from _through_pool(function, chunks, workers, under_way)
+            return
+        except BrokenProcessPool:
+            suspects = [item for chunk in under_way for item in chunk]
+            under_way.clear()
+        reason = "a worker process was killed, most often for want of memory"
+        print(f"{reason}; doing {len(suspects)} items again, one at a time", file=sys.stderr, flush=True)
+        yield from _one_at_a_time(function, suspects, lost)
+
+
+def _through_pool(
+    function: Callable[[Item], Result], chunks: Iterator[list[Item]], workers: int, under_way: deque[list[Item]]
+) -> Iterator[Result]:
+    """Results in order; `under_way` holds the chunks that were taken and gave none yet."""
+    with _pool(workers) as pool:
         try:
             running: deque[Future[list[Result]]] = deque()
-            for chunk in batched(items, size):
+            for chunk in chunks:
+                under_way.append(chunk)
                 running.append(pool.submit(_map_chunk, function, chunk))
                 if len(running) >= _AHEAD * workers:
-                    yield from running.popleft().result()
+                    yield from _first(running, under_way)
             while running:
-                yield from running.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed from outside, most often for want of memory; the same command goes on "
-                f"where it was (--workers {workers}: fewer need less memory)"
-            ) from None
+                yield from _first(running, under_way)
         finally:
             # On Ctrl-C what is queued is not worth waiting for.
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _first(running: deque[Future[list[Result]]], under_way: deque[list[Item]]) -> list[Result]:
+    results = running.popleft().result()
+    under_way.popleft()
+    return results
+
+
+def _one_at_a_time(
+    function: Callable[[Item], Result], items: Sequence[Item], lost: Callable[[Item], Result] | None
+) -> Iterator[Result]:
+    for item in items:
+        for _ in range(_ATTEMPTS):
+            with _pool(1) as pool:
+                try:
+                    result = pool.submit(function, item).result()
+                    break
+                except BrokenProcessPool:
+                    continue
+        else:
+            if lost is None:
+                raise UserError(f"{item} killed {_ATTEMPTS + 1} worker processes; take it out of the input")
+            result = lost(item)
+        yield result
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import STAGES, Pipeline, data, make_pipeline
 
+from data_prep.stage import run_rows
 from data_prep.workers import parallel_map
 from megatron_video.errors import UserError
+from megatron_video.manifest import Row, read_manifest, table_from_rows, write_manifest
 
 HAS_FAISS = find_spec("faiss") is not None
 NEEDS_FAISS = pytest.mark.skipif(not HAS_FAISS, reason="balance needs faiss, of the extra `data`")
@@ -98,6 +101,35 @@ def die(number: int) -> int:
     return number
 
 
-def test_a_killed_worker_process_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match=r"a worker process was killed.*--workers 2"):
+def die_once(mark: Path, number: int) -> int:
+    if number == 3 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_what_a_killed_worker_had_under_way_is_done_again(tmp_path: Path) -> None:
+    function = functools.partial(die_once, tmp_path / "killed")
+    assert list(parallel_map(function, range(12), workers=2)) == list(range(12))
+    assert (tmp_path / "killed").exists()
+
+
+def test_an_item_that_kills_every_worker_is_lost_alone() -> None:
+    assert list(parallel_map(die, range(12), workers=2, lost=lambda number: -number)) == [0, 1, 2, -3, *range(4, 12)]
+    with pytest.raises(UserError, match="3 killed 3 worker processes"):
         list(parallel_map(die, range(6), workers=2))
+
+
+def kill_reader(row: Row) -> list[Row]:
+    if "crash" in row["source"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [row]
+
+
+def test_a_clip_that_crashes_its_reader_is_a_dropped_row(tmp_path: Path) -> None:
+    rows = [{"source": f"/videos/{name}.mp4", "clip_id": name} for name in ("a", "b", "crash", "c", "d", "e")]
+    write_manifest(table_from_rows(rows), tmp_path / "in.parquet")
+    report = run_rows("tag", tmp_path / "in.parquet", tmp_path / "out.parquet", kill_reader, {}, workers=2)
+    assert (report.kept, report.reasons) == (5, {"crash": 1})
+    (lost,) = [row for row in read_manifest(tmp_path / "out.parquet").to_pylist() if row["dropped_by"]]
+    assert lost["clip_id"] == "crash"
