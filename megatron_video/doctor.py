@@ -53,6 +53,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "tensorboard": ("tensorboard", "metrics, images, videos"),
     "tqdm": ("tqdm", "progress"),
     "httpx": ("httpx", "captions from an endpoint"),
+    "ImageHash": ("imagehash", "perceptual hash of a clip"),
     "transformer-engine": ("transformer_engine", "FP8, fused kernels, CP attention on CUDA; else the `local` spec"),
     "nvidia-dali-cuda130": ("nvidia.dali", "decoding on the GPU (NVDEC); else PyAV on the CPU"),
     "apex": ("apex.optimizers", "fused Adam and norms; else megatron-core's own"),
