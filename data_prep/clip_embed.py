@@ -5,7 +5,6 @@ A clip's vector is the mean of the unit vectors of its frames, or its caption's,
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from data_prep.model_tags.clip import ClipEncoder, clip_encoder, clip_files
 from data_prep.stage import fingerprint_of
 from data_prep.workers import progress
 from megatron_video.errors import UserError
+from megatron_video.files import appearing
 from megatron_video.fingerprint import fingerprint_files
 from megatron_video.manifest import Row, read_manifest
 from megatron_video.shard_schema import file_sha256
@@ -126,9 +126,8 @@ def _write_part(file: Path, rows: Sequence[Row], vectors: Sequence[list[float] |
             "embedding": pa.array(vectors, pa.list_(pa.float32())),
         }
     )
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary)
-    os.replace(temporary, file)
+    with appearing(file) as temporary:
+        pq.write_table(table, temporary)
 
 
 def _join(files: Sequence[Path], target: Path, fingerprint: str) -> None:
@@ -136,12 +135,10 @@ def _join(files: Sequence[Path], target: Path, fingerprint: str) -> None:
         [("clip_id", pa.string()), ("embedding", pa.list_(pa.float32()))],
         metadata={_FINGERPRINT_KEY: fingerprint.encode()},
     )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     # Part by part: all vectors together may be larger than memory.
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with appearing(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for file in files:
             writer.write_table(pq.read_table(file).cast(schema))
-    os.replace(temporary, target)
 
 
 def _is_made(target: Path, fingerprint: str) -> bool:

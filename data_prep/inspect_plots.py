@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_video.errors import UserError
+from megatron_video.files import appearing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +44,8 @@ def write_plots(report: Mapping[str, Any], tokens: npt.NDArray[Any], out: Path) 
     _buckets(buckets, report["buckets"])
     figure.suptitle(f"{report['folder']}: {report['samples']} samples")
     path = out / PLOT_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    with appearing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     return path
 
 

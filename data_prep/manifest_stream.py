@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_video.files import appearing
 from megatron_video.manifest import SCHEMA, complete_columns, read_schema
 
 PIECE_ROWS = 131_072
@@ -48,14 +48,12 @@ def manifest_writer(path: Path, metadata: Mapping[str, str]) -> Iterator[pq.Parq
     extra = {key.encode(): value.encode() for key, value in metadata.items()}
     schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **extra})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     repeating = [name for name in _REPEATING if name in SCHEMA.names]
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=repeating) as writer:
-            yield writer
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        appearing(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=repeating) as writer,
+    ):
+        yield writer
 
 
 def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -7,7 +7,6 @@ Columns that came after version 1 may be missing in a file; they are read as nul
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_video.errors import UserError
+from megatron_video.files import appearing
 
 MANIFEST_VERSION = 2
 _VERSION_KEY = b"megatron_video.manifest_version"
@@ -168,12 +168,8 @@ def write_manifest(table: pa.Table, path: str | Path, metadata: Mapping[str, str
     table = complete_columns(table).replace_schema_metadata({**(SCHEMA.metadata or {}), **extra})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with appearing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table_from_rows(rows: Iterable[Row]) -> pa.Table:

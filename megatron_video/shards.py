@@ -31,6 +31,7 @@ from safetensors.torch import save as dump_tensors
 
 from megatron_video.buckets import Bucket, parse_bucket
 from megatron_video.errors import UserError
+from megatron_video.files import appearing
 from megatron_video.shard_schema import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -238,14 +239,11 @@ def copy_shard(dataset: ShardDataset, record: Mapping[str, Any], folder: Path, n
         UserError: the tar is missing, or changed since it was written.
     """
     (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    source, temporary = dataset.folder / record["name"], folder / f".{name}.{os.getpid()}.tmp"
-    try:
+    source = dataset.folder / record["name"]
+    with appearing(folder / name) as temporary:
         _link_or_copy(source, temporary, link)
         if file_sha256(temporary) != record["sha256"]:
             raise UserError(f"{source}: checksum differs: the file changed since it was written; encode it again")
-        os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
     rows = dataset.index.filter(pc.equal(dataset.index["shard"], record["name"]))
     rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array([name] * len(rows), pa.string()))
     record = {**record, "name": name}
