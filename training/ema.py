@@ -6,7 +6,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from training.main_parameters import MainParameter, main_parameters
+from training.main_parameters import main_parameters
 
 
 class EMA:
@@ -14,20 +14,18 @@ class EMA:
 
     def __init__(self, optimizer: MegatronOptimizer, decay: float) -> None:
         self.decay = decay
-        self._optimizer = optimizer
+        # The optimizer keeps these tensors for its whole life, so they are looked up once and not in every step.
+        self._mains = [item.main for item in main_parameters(optimizer)]
         self.averages: list[Tensor | None] = []
         self.restart()
 
     def restart(self) -> None:
         """Start again from the weights of this moment."""
-        self.averages = [None if item.main is None else item.main.detach().float().clone() for item in self._items()]
+        self.averages = [None if main is None else main.detach().float().clone() for main in self._mains]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the weights; call it after every update of them."""
-        pairs = [(average, item.main) for average, item in zip(self.averages, self._items(), strict=True)]
+        pairs = zip(self.averages, self._mains, strict=True)
         held = [(average, main) for average, main in pairs if average is not None and main is not None]
         torch._foreach_lerp_([average for average, _ in held], [main for _, main in held], 1 - self.decay)
-
-    def _items(self) -> list[MainParameter]:
-        return main_parameters(self._optimizer)
