@@ -9,7 +9,6 @@ from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_video.config_io import config_dataclass
@@ -74,8 +73,8 @@ def velocity(noise: Tensor, data: Tensor) -> Tensor:
     return data.float() - noise.float()
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of squared errors (fp32 scalar) and number of elements (int64 scalar), both on the prediction's device.
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Sum of squared errors of each sample, [b] fp32 on the prediction's device, from [b, ...].
 
     The mean is taken once, after sums and counts have been added over micro-batches and ranks, so that samples of
     different sizes weigh by their elements.
@@ -86,6 +85,4 @@ def squared_error(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     # The difference, too, is taken in fp32: prediction and target nearly cancel late in training.
-    total = (prediction.float() - target.float()).square().sum()
-    # int64, because elements of a global batch of long videos exceed int32, and fp32 would round them.
-    return total, torch.full((), prediction.numel(), dtype=torch.int64, device=prediction.device)
+    return (prediction.float() - target.float()).square().flatten(1).sum(1)

@@ -25,6 +25,7 @@ from training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from training.startup import describe_changes, describe_run
 from training.stop_signal import REQUEUE_EXIT_CODE, StopSignal
 from training.telemetry import StepMetrics, Stopwatch, Telemetry
+from training.time_bins import mean_by_time
 from training.train_step import StepResult, train_step
 
 # Names of training.precision.
@@ -147,6 +148,8 @@ def run_steps(trainer: Trainer, device: DeviceInfo, stop: StopSignal) -> bool:
                 tokens=step.tokens,
                 flops=step.flops,
                 refused=result.refused,
+                loss_by_time=mean_by_time(result.loss_sums_by_time, result.positions_by_time),
+                positions_by_time=result.positions_by_time,
             )
         )
         # result.stop_requested, not stop.requested: all ranks leave at the same step.

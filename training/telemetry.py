@@ -48,6 +48,10 @@ class StepMetrics:
     """Forward and backward of the global batch by the cost model; recomputation is not counted."""
     refused: bool
     """Whether the update was refused because the loss or the gradient was not finite."""
+    loss_by_time: list[float | None]
+    """The loss apart by t, in equal parts of [0, 1); null where no sample of the batch lies."""
+    positions_by_time: list[int]
+    """Latent positions of the global batch in each part: what the loss is a mean over."""
 
 
 class Telemetry:
@@ -94,7 +98,8 @@ class Telemetry:
         if not self.active:
             return
         # A line is whole on disk before the next step starts, so a killed job leaves every finished step.
-        self._lines.write(json.dumps({**vars(metrics), "life": self.life}) + "\n")
+        line = {**vars(metrics), "life": self.life, "time": time.time()}
+        self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         self._window.append(metrics)
         if metrics.step % self.log_every == 0 or metrics.step == self.total_steps:

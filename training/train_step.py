@@ -15,9 +15,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_video.flow_matching import squared_error
+from megatron_video.flow_matching import squared_errors
 from training.data import Batch
 from training.optimizer import ReadyGradients
+from training.time_bins import TIME_BINS, bin_by_time
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -34,6 +35,10 @@ class StepResult:
     """The loss or the gradient was not finite, and the weights were left alone."""
     stop_requested: bool
     """Some rank was told to stop."""
+    loss_sums_by_time: list[float]
+    """The loss apart by t, in TIME_BINS equal parts of [0, 1): squared errors of the global batch, ..."""
+    positions_by_time: list[int]
+    """... and latent positions."""
 
 
 def train_step(
@@ -48,10 +53,10 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     # Gradients come back summed over replicas and divided by the global count.
-    sum_and_count = forward_backward(model, batches)
+    sums_and_counts = forward_backward(model, batches)
     gradients = ReadyGradients.prepare(optimizer)
     # All ranks learn here what all ranks found, before any weight changes.
-    result = _agree(sum_and_count, gradients.norm, stop_requested)
+    result = _agree(sums_and_counts, gradients.norm, stop_requested)
     if not result.refused:
         gradients.apply()
     return result
@@ -61,7 +66,8 @@ def forward_backward(model: list[DistributedDataParallel], batches: list[Batch],
     """Run megatron-core's schedule over `batches`; gradients end up reduced and divided by the global count.
 
     Returns:
-        [2] fp64: sum of the loss and number of latent positions of this replica; zeros but on the last stage.
+        [2, TIME_BINS] fp64: sum of the loss and number of latent positions of this replica, by t; zeros but on the
+        last stage.
     """
     device = next(model[0].parameters()).device
     # Every virtual chunk walks through the same micro-batches.
@@ -78,9 +84,9 @@ def forward_backward(model: list[DistributedDataParallel], batches: list[Batch],
     )
     # Stages before the last compute no loss.
     if not outputs:
-        return torch.zeros(2, dtype=torch.float64, device=device)
+        return torch.zeros(2, TIME_BINS, dtype=torch.float64, device=device)
     # fp64: sums of thousands of micro-batches keep their digits.
-    return torch.stack([output["sum_and_count"] for output in outputs]).sum(0)
+    return torch.stack([output["sums_and_counts"] for output in outputs]).sum(0)
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -97,10 +103,10 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
         dropout_seeds=batch.dropout_seeds,
         **conditions,
     )
-    return output, functools.partial(velocity_loss, batch.target)
+    return output, functools.partial(velocity_loss, batch.target, batch.timestep)
 
 
-def velocity_loss(target: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def velocity_loss(target: Tensor, timestep: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Squared error as megatron-core's triple (sum, count, report), in fp32, called on the last stage only.
 
     The count is that of latent positions, and the sum is of means over channels: megatron-core counts in int32, which
@@ -108,27 +114,30 @@ def velocity_loss(target: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, d
 
     Args:
         target: [b, T, C, h, w] fp32.
+        timestep: [b] fp32.
         prediction: [b, T, C, h, w].
     """
-    total, elements = squared_error(prediction, target)
-    channels = target.shape[2]
-    total, positions = total / channels, elements // channels
+    samples, channels = target.shape[0], target.shape[2]
+    errors = squared_errors(prediction, target) / channels
+    positions = target[0, :, 0].numel()
+    count = torch.full((), samples * positions, dtype=torch.int32, device=errors.device)
     # Stays on the device; nothing here waits for the GPU.
-    report = torch.stack([total.detach().double(), positions.double()])
-    return total, positions.int(), {"sum_and_count": report}
+    return errors.sum(), count, {"sums_and_counts": bin_by_time(timestep, errors.detach(), positions)}
 
 
-def _agree(sum_and_count: Tensor, grad_norm: float, stop_requested: bool) -> StepResult:
+def _agree(sums_and_counts: Tensor, grad_norm: float, stop_requested: bool) -> StepResult:
     """Add loss sums and flags over all ranks in one reduction, so that every rank decides alike."""
-    # [loss sum, count, non-finite flags, stop flags]; one collective a step for all of it.
-    shared = torch.zeros(4, dtype=torch.float64, device=sum_and_count.device)
+    # [loss sums by t, counts by t, non-finite flags, stop flags]; one collective a step for all of it.
+    shared = torch.zeros(2 * TIME_BINS + 2, dtype=torch.float64, device=sums_and_counts.device)
     # Tensor- and context-parallel ranks hold the same loss: it is counted once.
     if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
-        shared[:2] = sum_and_count
-    shared[2] = not math.isfinite(grad_norm)
-    shared[3] = stop_requested
+        shared[:-2] = sums_and_counts.flatten()
+    shared[-2] = not math.isfinite(grad_norm)
+    shared[-1] = stop_requested
     torch.distributed.all_reduce(shared)
     # Beside the gradient norm, the one moment of a step in which the host waits for the device.
-    loss_sum, count, broken, stop = shared.tolist()
-    loss = loss_sum / count
-    return StepResult(loss, grad_norm, refused=broken > 0 or not math.isfinite(loss), stop_requested=stop > 0)
+    *binned, broken, stop = shared.tolist()
+    sums, counts = binned[:TIME_BINS], [int(count) for count in binned[TIME_BINS:]]
+    loss = sum(sums) / sum(counts)
+    refused = broken > 0 or not math.isfinite(loss)
+    return StepResult(loss, grad_norm, refused, stop > 0, sums, counts)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_video.config_io import build_config
 from megatron_video.errors import UserError
-from megatron_video.flow_matching import TimeDensity, interpolate, shift_time, squared_error, velocity
+from megatron_video.flow_matching import TimeDensity, interpolate, shift_time, squared_errors, velocity
 
 
 def test_path_starts_at_noise_and_ends_at_data() -> None:
@@ -35,15 +35,14 @@ def test_each_sample_has_its_own_time_in_fp32() -> None:
     assert torch.equal(mixed[:, 0], torch.tensor([0.123456, 0.654321]))
 
 
-def test_squared_error_is_sum_and_count() -> None:
-    prediction, target = torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(3, 5)
-    total, count = squared_error(prediction, target)
-    assert total.dtype == torch.float32
-    assert count.item() == 15
-    expected = torch.nn.functional.mse_loss(prediction.float(), target)
-    assert torch.allclose(total / count, expected)
+def test_squared_errors_are_sums_of_each_sample() -> None:
+    prediction, target = torch.randn(3, 5, 2, dtype=torch.bfloat16), torch.randn(3, 5, 2)
+    errors = squared_errors(prediction, target)
+    assert errors.dtype == torch.float32
+    expected = torch.nn.functional.mse_loss(prediction.float(), target, reduction="none")
+    assert torch.allclose(errors, expected.sum((1, 2)))
     with pytest.raises(ValueError, match="differ in shape"):
-        squared_error(prediction, target[:1])
+        squared_errors(prediction, target[:1])
 
 
 def test_shift_moves_time_towards_noise() -> None:
