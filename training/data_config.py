@@ -13,6 +13,14 @@ class DataConfig:
 
     shards: list[str] = field(default_factory=list)
     """Shard folders, read as one data set in this order."""
+    shard_weights: list[float] = field(default_factory=list)
+    """Share of the samples drawn from each folder of `shards`, which need not sum to 1; []: every sample is drawn
+    equally often, whatever folder it is in."""
+    blend: str | None = None
+    """Instead of `shards` and `shard_weights`: a YAML file of folders and weights (`megatron-video data blend`)."""
+    subsets: list[str] | None = None
+    """Train only on samples whose strictest subset (column `subset` of `megatron-video data filter`) is one of these;
+    null for all samples. A blend may name subsets of single folders too."""
     buckets: list[str] | None = None
     """Buckets (one frame count and resolution each) to train on; null for all that the shards hold."""
     bucket_weights: dict[str, float] = field(default_factory=dict)
@@ -29,10 +37,17 @@ class DataConfig:
     on micro_batch_size: set it to keep the order when micro_batch_size has to change."""
     text_dropout: float = 0.1
     """Probability that a sample is trained with the empty caption, for classifier-free guidance."""
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    """Share of the draws in which a sample is trained with each kind of its captions, such as {short: 0.3, dense: 0.7},
+    among the kinds that it has; {}: always with its first."""
     workers: int = 0
     """Processes that read samples and draw their noise; 0 for one thread of the training process."""
     prefetch_steps: int = 2
     """Steps whose batches are built ahead."""
+    read_attempts: int = 3
+    """How often a sample is read before it counts as damaged: network file systems have hiccups."""
+    max_corrupt_samples: int = 0
+    """Damaged samples that a run may leave out, all replicas together, before it stops; 0 stops at the first."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not cut evenly.
@@ -40,8 +55,12 @@ class DataConfig:
         Raises:
             ValueError: naming the fields, the values and the way out.
         """
-        for name in ("micro_batch_size", "global_batch_size", "prefetch_steps"):
+        for name in ("micro_batch_size", "global_batch_size", "prefetch_steps", "read_attempts"):
             _check_positive(name, getattr(self, name))
+        if self.max_corrupt_samples < 0:
+            raise ValueError(f"max_corrupt_samples={self.max_corrupt_samples} must not be negative")
+        self._check_sources()
+        _check_shares("caption_weights", self.caption_weights)
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"text_dropout={self.text_dropout} must be between 0 and 1")
         if self.workers < 0:
@@ -63,6 +82,15 @@ class DataConfig:
         for name, size in self.bucket_micro_batch_sizes.items():
             _check_positive(f"bucket_micro_batch_sizes.{name}", size)
 
+    def _check_sources(self) -> None:
+        if self.blend is not None and (self.shards or self.shard_weights):
+            raise ValueError(f"blend={self.blend} names the folders and their weights; leave shards and shard_weights out")
+        if self.shard_weights and len(self.shard_weights) != len(self.shards):
+            raise ValueError(f"shard_weights has {len(self.shard_weights)} shares for {len(self.shards)} folders of shards")
+        _check_shares("shard_weights", dict(zip(self.shards, self.shard_weights, strict=False)))
+        if self.subsets is not None and not self.subsets:
+            raise ValueError("subsets=[] leaves nothing to train on; null takes all samples")
+
     @property
     def samples_per_draw(self) -> int:
         """Samples drawn together from one bucket, at micro_batch_size."""
@@ -77,6 +105,11 @@ class DataConfig:
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _check_shares(name: str, shares: dict[str, float]) -> None:
+    if shares and (min(shares.values()) < 0 or not 0 < sum(shares.values()) < float("inf")):
+        raise ValueError(f"{name}={shares}: shares must not be negative, and one of them above 0")
 
 
 def _near_multiples(value: int, unit: int) -> str:

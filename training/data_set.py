@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from megatron_video.errors import UserError
 from megatron_video.flops import training_flops
 from megatron_video.shard_schema import ShardSample
 from megatron_video.shards import ShardDataset
-from training.data_plan import Integers
+from training.sample_groups import GroupKey, Integers, ListedGroup, SampleGroup
 
 
 class TrainingData:
@@ -44,6 +44,12 @@ class TrainingData:
         self.absent_buckets = [name for name in wanted_buckets or [] if name not in self.buckets]
         self.unused_buckets = self._select(wanted_buckets)
         self.shapes = {name: parse_bucket(name).latent_shape for name in self.buckets}
+        self.sources = ["shards"]
+        self.source_weights: list[float] | None = None
+
+    def groups(self) -> Mapping[GroupKey, SampleGroup]:
+        """The samples of every (source, bucket) that holds any."""
+        return {(self.sources[0], name): ListedGroup(samples) for name, samples in self.buckets.items()}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
