@@ -26,7 +26,7 @@ from megatron_video.manifest import kept_rows, read_manifest
 from megatron_video.text import TextEncoders
 from megatron_video.text.build import build_clip_folder, build_step_llm_folder
 
-PRESETS = Path(__file__).parent / "configs"
+PRESETS = Path(__file__).parent / "configs" / "text"
 _RECORD = "build.json"
 # Part of the record: another way of building is another result under the same settings.
 _SCHEME = 1

@@ -18,8 +18,9 @@ from megatron_video.layout import Hardware, Layout
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
 from training.data_config import DataConfig as DataConfig
+from training.optimizer_config import AdamWConfig as AdamWConfig
 
-PRESET_DIR = Path(__file__).parent / "configs"
+PRESET_DIR = Path(__file__).parent / "configs" / "pretrain"
 
 
 @config_dataclass
@@ -35,45 +36,6 @@ class RunConfig:
     initial_weights: str | None = None
     """Run or checkpoint folder whose model weights a new run starts from (optimizer and data position start anew);
     ignored when the run continues from a checkpoint of its own. Null: random initial weights."""
-
-
-@config_dataclass
-class AdamWConfig:
-    """AdamW, its learning rate over the steps, and gradient clipping."""
-
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
-    min_learning_rate: float = 0.0
-    """Learning rate at the last step of the cosine decay."""
-    warmup_steps: int = 1000
-    """Steps over which the learning rate rises linearly from 0 to its peak."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """What the learning rate does after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the running means of the gradient and of its square."""
-    eps: float = 1e-8
-    """Added to the root of the mean square gradient."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; norms, biases and modulation tables have none."""
-    clip_grad_norm: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        """Refuse values AdamW cannot use.
-
-        Raises:
-            ValueError: naming the fields and the values.
-        """
-        if not 0 <= self.min_learning_rate <= self.learning_rate or self.learning_rate == 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} must be above 0 and min_learning_rate={self.min_learning_rate} "
-                "between 0 and it"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
-        for name in ("warmup_steps", "weight_decay", "clip_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @config_dataclass
@@ -164,10 +126,13 @@ class PretrainConfig:
             check_layout(self.layout())
         except UserError as refusal:  # pydantic collects ValueErrors, and says where the configuration came from
             raise ValueError(str(refusal)) from None
-        if self.optimizer.warmup_steps > self.training.steps:
+        warmup, fall = self.optimizer.warmup_steps, self.optimizer.fall_steps(self.training.steps)
+        if warmup > self.training.steps:
+            raise ValueError(f"optimizer.warmup_steps={warmup} is more than training.steps={self.training.steps}")
+        if warmup + fall > self.training.steps:
             raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than training.steps="
-                f"{self.training.steps}"
+                f"optimizer.warmup_steps={warmup} and the {fall} steps of its decay are more than training.steps="
+                f"{self.training.steps}; shorten one of them"
             )
 
     def layout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,9 +17,9 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_video.dit import VideoDiT
 from megatron_video.parallel import ParallelConfig
-from training.config import AdamWConfig
 from training.fsdp import FullyShardedDiT
 from training.gradient_fusion import fuse_gradient_accumulation
+from training.optimizer_config import AdamWConfig
 
 WrappedChunk: TypeAlias = DistributedDataParallel | FullyShardedDiT
 
@@ -27,6 +28,13 @@ _WITHOUT_DECAY = ParamKey(
     name=("*.bias", "*modulation_table*"),
     predicate=ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1),
 )
+
+# Share of the way between lowest and peak learning rate that is left, by the share of the fall that is done.
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "one_minus_sqrt": lambda done: 1 - math.sqrt(done),
+}
 
 
 def wrap_data_parallel(chunks: list[VideoDiT], parallel: ParallelConfig) -> list[WrappedChunk]:
@@ -104,14 +112,22 @@ def describe_adam() -> str:
 
 
 def learning_rate(step: int, config: AdamWConfig, total_steps: int) -> float:
-    """Learning rate of `step`, from 0: warm-up that reaches the peak at step warmup_steps - 1, then decay."""
+    """Learning rate of `step`, from 0, in a run of `total_steps`.
+
+    The warm-up reaches the peak at step warmup_steps - 1, a decay reaches min_learning_rate at the last step.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.decay == "constant":
+    fall = config.fall_steps(total_steps)
+    first = total_steps - fall
+    if step < first or config.decay == "constant":
         return config.learning_rate
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps - 1, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+    if config.decay == "cosine":
+        share = DECAY_SHAPES["cosine"](min((step - first) / max(fall - 1, 1), 1.0))
+    else:
+        # The stable steps all have the peak, so the first step of the fall lies below it already.
+        share = DECAY_SHAPES[config.decay_shape or "linear"](min((step - first + 1) / fall, 1.0))
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * share
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:

@@ -7,7 +7,6 @@ SIGUSR1 after saving (start it again); launchers may hide them, so <run>/status.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -68,9 +67,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _presets() -> list[str]:
-    """Presets of this command; the folder holds those of other commands too."""
-    groups = {field.name for field in dataclasses.fields(PretrainConfig)}
-    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml") if set(yaml.safe_load(path.read_text())) <= groups)
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,10 @@ import yaml
 from data_prep.lock import run_lock
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
-from training.config import PRESET_DIR
 from training.telemetry import write_json
 from training.vae_checkpoint import write_model
 from training.vae_clips import TrainingClips
-from training.vae_config import VAETrainConfig
+from training.vae_config import PRESET_DIR, VAETrainConfig
 from training.vae_ranks import join_ranks
 from training.vae_report import VAETelemetry, read_before, write_before, write_reconstructions
 from training.vae_run import VAERun

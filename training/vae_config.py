@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
+from pathlib import Path
 from typing import Literal
 
 from megatron_video.buckets import Bucket, parse_bucket
@@ -11,6 +12,8 @@ from megatron_video.config_io import config_dataclass
 from megatron_video.errors import UserError
 from megatron_video.vae import VAEConfig
 from megatron_video.vae.config import SPATIAL_STRIDE, num_latent_frames
+
+PRESET_DIR = Path(__file__).parent / "configs" / "vae"
 
 Kind = Literal["base", "dual_path"]
 Trains = Literal["dual_path", "middle", "all"]

@@ -27,6 +27,12 @@ REFUSED = [
     (["data.bucket_weights={a: -1}"], "bucket_weights.a"),
     (["optimizer.learning_rate=0"], "learning_rate=0"),
     (["optimizer.betas=[0.9, 1.0]"], "betas"),
+    (["optimizer.decay=wsd"], "needs the length of its fall"),
+    (["optimizer.decay=wsd", "optimizer.decay_steps=9", "optimizer.decay_fraction=0.1"], "decay_steps=9"),
+    (["optimizer.decay=wsd", "optimizer.decay_fraction=1.5"], "decay_fraction=1.5"),
+    (["optimizer.decay=wsd", "optimizer.decay_steps=0"], "decay_steps=0"),
+    (["optimizer.decay=cosine", "optimizer.decay_shape=linear"], "decay_shape=linear: of use with decay=wsd only"),
+    (["optimizer.decay=wsd", "optimizer.decay_steps=900", "training.steps=1500"], "the 900 steps of its decay"),
     (["optimizer.warmup_steps=2000", "training.steps=1000"], "warmup_steps=2000"),
     (["training.precision=fp16"], "fp32"),
     (["training.stepz=4"], "did you mean 'steps'"),
@@ -94,8 +100,7 @@ def test_presets_of_the_30b_follow_table_6(stage: str, rate: float, per_node: in
 
 def test_every_preset_of_this_command_loads() -> None:
     for path in PRESET_DIR.glob("*.yaml"):
-        if path.stem == "demo" or path.stem.startswith("step_video"):
-            load_config(PretrainConfig, path.stem, [], PRESET_DIR)
+        load_config(PretrainConfig, path.stem, [], PRESET_DIR)
 
 
 def test_configuration_survives_saving(tmp_path: Path) -> None:
@@ -113,3 +118,25 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(0, cosine, 101) == 1.0
     assert learning_rate(25, cosine, 101) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert learning_rate(100, cosine, 101) == pytest.approx(0.2)
+
+
+def wsd(**values: object) -> AdamWConfig:
+    return AdamWConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=2, decay="wsd", **values)
+
+
+def test_wsd_stays_and_falls_in_the_last_steps_only() -> None:
+    linear = [learning_rate(step, wsd(decay_steps=4), 10) for step in range(10)]
+    assert linear == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [learning_rate(step, wsd(decay_fraction=0.4), 10) for step in range(10)] == linear
+    root = [learning_rate(step, wsd(decay_steps=4, decay_shape="one_minus_sqrt"), 10) for step in (5, 6, 9)]
+    assert root == pytest.approx([1, 0.2 + 0.8 * (1 - math.sqrt(0.25)), 0.2])
+    cosine = [learning_rate(step, wsd(decay_steps=4, decay_shape="cosine"), 10) for step in (5, 7, 9)]
+    assert cosine == pytest.approx([1, 0.6, 0.2])
+
+
+def test_a_longer_run_of_wsd_has_the_same_steps_until_the_shorter_one_fell() -> None:
+    config = wsd(decay_steps=4)
+    shorter, longer = ([learning_rate(step, config, total) for step in range(total)] for total in (10, 15))
+    assert longer[:6] == shorter[:6]
+    assert longer[6:11] == [1.0] * 5
+    assert longer[11:] == pytest.approx(shorter[6:])

@@ -21,9 +21,8 @@ from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
 from megatron_video.vae import load_vae
 from training import train_vae, vae_run
-from training.config import PRESET_DIR
 from training.vae_clips import TrainingClips
-from training.vae_config import VAETrainConfig
+from training.vae_config import PRESET_DIR, VAETrainConfig
 from training.vae_report import kl_divergence
 
 
