@@ -108,13 +108,15 @@ class BatchBuilder:
         # The VAE stores the posterior, not a draw from it: every epoch sees another draw.
         moments = stored.moments.float()
         shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
+        # Of this sample alone, whatever it is batched with.
+        tokens = moments.shape[0] * moments[0, 0].numel() // self.model.patch_size**2
         llm, clip = stored.llm, stored.clip
         # The encoded empty caption, not zeros: sampling guides against the same states.
         if self.noise.drop_text(epoch, sample, self.text_dropout):
             llm, clip = self.data.null_text
         return _Row(
             sample=stored,
-            time=self.noise.timestep(epoch, sample, self.density),
+            time=self.noise.timestep(epoch, sample, self.density.for_tokens(tokens)),
             data=sample_posterior(moments, self.noise.posterior(epoch, sample, shape)),
             noise=self.noise.noise(epoch, sample, shape),
             llm=llm,

@@ -64,6 +64,16 @@ def test_rows_follow_the_equations(data: TrainingData) -> None:
     assert batch.latents.dtype == batch.target.dtype == batch.timestep.dtype == torch.float32
 
 
+def test_the_shift_by_resolution_goes_by_the_tokens_of_the_sample(data: TrainingData) -> None:
+    density = TimeDensity(shift=2.0, shift_base_tokens=9)
+    builder = dataclasses.replace(make_builder(data), density=density)
+    # 17x48x64 has 3 x 3 x 4 tokens, an image of 48 x 48 has 9.
+    for bucket, shift in (("17x48x64", 4.0), ("1x48x48", 2.0)):
+        sample = int(data.buckets[bucket][2])
+        batch = builder.build(PlannedBatch(bucket, np.array([sample]), np.array([1])))
+        assert batch.timestep.item() == NOISE.timestep(1, sample, TimeDensity(shift=shift))
+
+
 def test_text_is_padded_to_the_longest_and_lengths_count_clip(data: TrainingData) -> None:
     samples = data.buckets["17x48x48"][:6]
     batch = make_builder(data).build(PlannedBatch("17x48x48", samples, np.zeros(6, dtype=np.int64)))
