@@ -18,6 +18,7 @@ from megatron_video.layout import Hardware, Layout
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
 from training.data_config import DataConfig as DataConfig
+from training.fault_config import FaultConfig
 from training.optimizer_config import AdamWConfig as AdamWConfig
 
 PRESET_DIR = Path(__file__).parent / "configs" / "pretrain"
@@ -114,6 +115,8 @@ class PretrainConfig:
     """Density of the training timesteps."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Length, precision, checkpoints, logs."""
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    """End of the job's time, hangs, spikes, slow ranks."""
 
     def __post_init__(self) -> None:
         """Refuse contradictions between the groups.

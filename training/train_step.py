@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_video.flow_matching import squared_errors
 from training.data import Batch
 from training.optimizer import ReadyGradients
+from training.phases import Phases
+from training.stop_signal import STOP_REASONS
 from training.time_bins import TIME_BINS, bin_by_time
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -33,8 +35,8 @@ class StepResult:
     """Global gradient norm before clipping."""
     refused: bool
     """The loss or the gradient was not finite, and the weights were left alone."""
-    stop_requested: bool
-    """Some rank was told to stop."""
+    stop_reason: str | None
+    """Some rank has to stop: the first of STOP_REASONS that applies."""
     loss_sums_by_time: list[float]
     """The loss apart by t, in TIME_BINS equal parts of [0, 1): squared errors of the global batch, ..."""
     positions_by_time: list[int]
@@ -45,18 +47,23 @@ def train_step(
     model: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: list[Batch],
-    stop_requested: bool = False,
+    stop_flags: Sequence[bool] = (),
+    phases: Phases | None = None,
 ) -> StepResult:
     """Train on this replica's micro-batches of one global batch."""
     # Gradients live in the buffers of the data-parallel wrapper, which accumulate over micro-batches.
+    phases = phases or Phases(torch.device("cpu"))
+    phases.enter("forward_backward")
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     # Gradients come back summed over replicas and divided by the global count.
     sums_and_counts = forward_backward(model, batches)
+    phases.enter("agree")
     gradients = ReadyGradients.prepare(optimizer)
     # All ranks learn here what all ranks found, before any weight changes.
-    result = _agree(sums_and_counts, gradients.norm, stop_requested)
+    result = _agree(sums_and_counts, gradients.norm, stop_flags)
+    phases.enter("update")
     if not result.refused:
         gradients.apply()
     return result
@@ -125,19 +132,22 @@ def velocity_loss(target: Tensor, timestep: Tensor, prediction: Tensor) -> tuple
     return errors.sum(), count, {"sums_and_counts": bin_by_time(timestep, errors.detach(), positions)}
 
 
-def _agree(sums_and_counts: Tensor, grad_norm: float, stop_requested: bool) -> StepResult:
+def _agree(sums_and_counts: Tensor, grad_norm: float, stop_flags: Sequence[bool]) -> StepResult:
     """Add loss sums and flags over all ranks in one reduction, so that every rank decides alike."""
-    # [loss sums by t, counts by t, non-finite flags, stop flags]; one collective a step for all of it.
-    shared = torch.zeros(2 * TIME_BINS + 2, dtype=torch.float64, device=sums_and_counts.device)
+    flags = [not math.isfinite(grad_norm), *stop_flags, *[False] * (len(STOP_REASONS) - len(stop_flags))]
+    # [loss sums by t, counts by t, flags]; one collective a step for all of it.
+    shared = torch.zeros(2 * TIME_BINS + len(flags), dtype=torch.float64)
+    shared[2 * TIME_BINS :] = torch.tensor(flags)
+    shared = shared.to(sums_and_counts.device, non_blocking=True)
     # Tensor- and context-parallel ranks hold the same loss: it is counted once.
     if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
-        shared[:-2] = sums_and_counts.flatten()
-    shared[-2] = not math.isfinite(grad_norm)
-    shared[-1] = stop_requested
+        shared[: 2 * TIME_BINS] = sums_and_counts.flatten()
     torch.distributed.all_reduce(shared)
     # Beside the gradient norm, the one moment of a step in which the host waits for the device.
-    *binned, broken, stop = shared.tolist()
-    sums, counts = binned[:TIME_BINS], [int(count) for count in binned[TIME_BINS:]]
+    values = shared.tolist()
+    sums, counts = values[:TIME_BINS], [int(count) for count in values[TIME_BINS : 2 * TIME_BINS]]
+    broken, *stops = values[2 * TIME_BINS :]
     loss = sum(sums) / sum(counts)
     refused = broken > 0 or not math.isfinite(loss)
-    return StepResult(loss, grad_norm, refused, stop > 0, sums, counts)
+    reason = next((name for name, stop in zip(STOP_REASONS, stops, strict=True) if stop), None)
+    return StepResult(loss, grad_norm, refused, reason, sums, counts)

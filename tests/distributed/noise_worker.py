@@ -17,7 +17,7 @@ from training.data_set import TrainingData
 
 def batches_of_this_rank(overrides: list[str], steps: int) -> tuple[int, list[str]]:
     """(data-parallel rank, digests of this rank's micro-batches in order) under the layout of the configuration."""
-    from training.loop import replica_batches
+    from training.build_trainer import replica_batches
 
     config = load_config(PretrainConfig, None, overrides)
     initialize_parallel(config.parallel, config.run.seed, initialize())

@@ -9,8 +9,8 @@ import pytest
 from megatron_video.errors import UserError
 from megatron_video.flops import latent_shape
 from megatron_video.parallel import ParallelConfig
+from training.build_trainer import check_position_count
 from training.config import DataConfig, PretrainConfig
-from training.loop import check_position_count
 
 # 75,888 positions a video: 28,299 of them are just above 2^31.
 DATA = SimpleNamespace(shapes={"video": latent_shape(204, 544, 992), "image": latent_shape(1, 256, 256)})

@@ -1,0 +1,138 @@
+"""Everything of a run before its first step: data order, model, optimizer, and where the run stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.utils import get_model_config
+
+from megatron_video.device import DeviceInfo
+from megatron_video.dit import build_dit
+from megatron_video.errors import UserError
+from megatron_video.noise import NoiseSource
+from megatron_video.parallel import data_parallel_rank, data_parallel_size
+from training import checkpoint
+from training.checkpoint import TrainState
+from training.config import PretrainConfig
+from training.data import BatchBuilder, StepBatches
+from training.data_plan import DataPlan
+from training.data_set import TrainingData
+from training.ema import EMA
+from training.events import EventLog, read_events
+from training.optimizer import build_optimizer, wrap_data_parallel
+from training.phases import Phases
+from training.startup import describe_changes, describe_run
+from training.stop_signal import StopSignal
+from training.telemetry import Telemetry
+from training.trainer import Trainer
+
+# Names of training.precision.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
+    """Build data order, model and optimizer, and bring them to where the run stands."""
+    check_position_count(config, data)
+    plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
+    # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
+    identity = {"data set": data.fingerprint(), **plan.identity()}
+    found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints")
+    # Before the model is built: a refusal should come in the first seconds.
+    if found is not None:
+        checkpoint.check_same_model(found, config.model)
+        checkpoint.check_same_data_plan(found, identity)
+    chunks = build_dit(
+        config.model,
+        config.parallel,
+        DTYPES[config.training.precision],
+        device=device.device,
+        init_seed=config.run.seed,
+        fp8=config.fp8,
+    )
+    # Before the optimizer is built, whose fp32 copies are taken from the weights.
+    if found is None and config.run.initial_weights is not None:
+        checkpoint.load_model_weights(checkpoint.find_checkpoint(config.run.initial_weights), chunks)
+    model = wrap_data_parallel(chunks, config.parallel)
+    optimizer = build_optimizer(model, config.optimizer, config.parallel)
+    ema = None if config.ema.decay is None else EMA(optimizer, config.ema.decay)
+    state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
+    telemetry = start_telemetry(config, state.step)
+    # On all ranks: counting parameters is a collective.
+    for line in describe_run(config, data, plan, model):
+        telemetry.say(line)
+    for line in describe_changes(config, found, state):
+        telemetry.say(line)
+    batches = replica_batches(config, data, plan)
+    events = start_events(config, found, state)
+    phases, stop = Phases(device.device), stop_signal(config)
+    # Up to here a replica's time is its own; from here on it waits for the others.
+    settings = get_model_config(model[0])
+    settings.finalize_model_grads_func = phases.entering("reduce", settings.finalize_model_grads_func)
+    return Trainer(config, data, plan, model, optimizer, state, telemetry, batches, ema, device, events, phases, stop)
+
+
+def check_position_count(config: PretrainConfig, data: TrainingData) -> None:
+    """megatron-core adds up the latent positions of a step in int32, and context-parallel ranks each count them.
+
+    Raises:
+        UserError: a step could have more of them than an int32 holds.
+    """
+    sizes, single = config.data.bucket_micro_batch_sizes, config.data.micro_batch_size
+    largest = max(shape.tokens * sizes.get(name, single) for name, shape in data.shapes.items())
+    count = largest * config.data.micro_batches_per_step * config.parallel.context_parallel_size
+    if count >= 2**31:
+        raise UserError(
+            f"a step of data.global_batch_size={config.data.global_batch_size} could have {count:,} latent positions "
+            f"(times context_parallel_size={config.parallel.context_parallel_size}), more than the 2,147,483,647 that "
+            "megatron-core can count; lower data.global_batch_size"
+        )
+
+
+def replica_batches(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> StepBatches:
+    """This replica's batches, by step."""
+    builder = BatchBuilder(
+        data=data,
+        noise=NoiseSource(config.run.seed, config.run.stage),
+        density=config.flow,
+        text_dropout=config.data.text_dropout,
+        text_dtype=DTYPES[config.training.precision],
+        model=config.model,
+    )
+    return StepBatches(builder, plan, data_parallel_rank(), data_parallel_size())
+
+
+def start_telemetry(config: PretrainConfig, first_step: int) -> Telemetry:
+    """Open the run's records; rank 0 keeps them."""
+    world = torch.distributed.get_world_size()
+    peak = config.training.peak_tflops
+    return Telemetry(
+        Path(config.run.output_dir),
+        config,
+        first_step,
+        config.training.steps,
+        config.training.log_every,
+        peak_flops=None if peak is None else peak * 1e12 * world,
+        active=torch.distributed.get_rank() == 0,
+    )
+
+
+def start_events(config: PretrainConfig, found: Path | None, state: TrainState) -> EventLog:
+    """Open events.jsonl and note how this life begins."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    events = EventLog(Path(config.run.output_dir), rank, world)
+    if rank == 0 and found is None:
+        events.record("start", state.step, world_size=world)
+    elif rank == 0:
+        events.record("resume", state.step, checkpoint=found, world_size=world)
+    return events
+
+
+def stop_signal(config: PretrainConfig) -> StopSignal:
+    """What asks this job to stop; it knows how long saves of this run took in earlier lives."""
+    stop = StopSignal(config.faults.deadline(), config.faults.wall_time_reserve)
+    # One rank's word is enough for all to stop, so one rank reads.
+    if torch.distributed.get_rank() == 0 and stop.deadline is not None:
+        for event in read_events(Path(config.run.output_dir), "save"):
+            stop.saw_save(event["seconds"])
+    return stop

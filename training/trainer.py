@@ -1,0 +1,131 @@
+"""The parts of a pretraining run, and what the loop asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_video.device import DeviceInfo
+from training import checkpoint
+from training.checkpoint import TrainState
+from training.config import PretrainConfig
+from training.data import StepBatches, StepData, iterate_steps
+from training.data_plan import DataPlan
+from training.data_set import TrainingData
+from training.ema import EMA
+from training.events import EventLog
+from training.optimizer import learning_rate, set_learning_rate
+from training.phases import Phases
+from training.stop_signal import StopSignal
+from training.telemetry import Stopwatch, Telemetry
+from training.train_step import StepResult
+
+
+@dataclass
+class Trainer:
+    """The parts of a run that the loop moves."""
+
+    config: PretrainConfig
+    data: TrainingData
+    plan: DataPlan
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    state: TrainState
+    telemetry: Telemetry
+    batches: StepBatches
+    ema: EMA | None
+    device: DeviceInfo
+    events: EventLog
+    """Also on other ranks than 0: what happened to one rank is written there."""
+    phases: Phases
+    stop: StopSignal
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.state.step >= self.config.training.steps
+
+    def steps_from_here(self) -> Iterator[StepData]:
+        """The data of all steps to come; its position is the step number, nothing of the loader is stored."""
+        return iterate_steps(
+            self.batches,
+            self.state.step,
+            self.config.training.steps,
+            self.config.data.workers,
+            self.config.data.prefetch_steps,
+            pin_memory=self.device.device.type == "cuda",
+        )
+
+    def next_learning_rate(self) -> float:
+        """Set the learning rate of the step to come: a pure function of the step, so a resume needs no scheduler."""
+        settings = self.config.optimizer
+        rate = learning_rate(self.state.step, settings, self.config.training.steps)
+        set_learning_rate(self.optimizer, rate, settings.weight_decay)
+        return rate
+
+    def save_is_due(self, result: StepResult) -> bool:
+        """Whether the step just done ends with a checkpoint."""
+        # Not stop.requested: all ranks leave at the same step.
+        asked = result.stop_reason is not None
+        return asked or self.state.step % self.config.training.save_every == 0 or self.finished
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        self.phases.enter("checkpoint", self.state.step)
+        watch = Stopwatch()
+        # For the reader of train_state.json; a resume needs the step alone.
+        self.state.consumed_samples = self.plan.consumed(self.state.step)
+        folder = checkpoint.save_checkpoint(
+            Path(self.config.run.output_dir),
+            self.model,
+            self.optimizer,
+            self.state,
+            self.config,
+            self.config.training.keep_checkpoints,
+            self.ema,
+        )
+        seconds = watch.lap()
+        self.stop.saw_save(seconds)
+        self.telemetry.say(f"saved {folder} in {seconds:.1f} s")
+        if self.telemetry.active:
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            self.events.record(
+                "save", self.state.step, checkpoint=folder, seconds=seconds, blocked_seconds=seconds, bytes=size
+            )
+
+    def count(self, result: StepResult) -> None:
+        """Note that a step is done, and let the averages follow the weights.
+
+        Raises:
+            RuntimeError: too many steps in a row were refused.
+        """
+        self.state.step += 1
+        self.state.refused_steps += result.refused
+        self.state.refused_in_a_row = self.state.refused_in_a_row + 1 if result.refused else 0
+        if self.ema is not None and not result.refused:
+            self.ema.update()
+        if result.refused:
+            self._tell_refused(result)
+        limit = self.config.training.max_refused_steps
+        if self.state.refused_in_a_row >= limit:
+            raise RuntimeError(
+                f"{limit} steps in a row had a non-finite loss or gradient; the last good checkpoint is in "
+                f"{self.config.run.output_dir}/checkpoints. Lower optimizer.learning_rate, or look at the data"
+            )
+
+    def close(self, state: str, reason: str) -> None:
+        """Leave the verdict of this life in status.json and events.jsonl."""
+        self.telemetry.close(state, self.state.step)
+        if self.telemetry.active:
+            self.events.record("stop", self.state.step, state=state, reason=reason)
+
+    def _tell_refused(self, result: StepResult) -> None:
+        limit = self.config.training.max_refused_steps
+        self.telemetry.say(
+            f"step {self.state.step} REFUSED: loss {result.loss}, gradient norm {result.grad_norm}; weights are "
+            f"unchanged ({self.state.refused_in_a_row} in a row, {limit} stop the run)"
+        )
