@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_video.flow_matching import squared_errors
 from training.data import Batch
+from training.layer_norms import LayerNorms, LayerProbe
 from training.optimizer import ReadyGradients
 from training.phases import Phases
 from training.stop_signal import STOP_REASONS
@@ -41,6 +42,8 @@ class StepResult:
     """The loss apart by t, in TIME_BINS equal parts of [0, 1): squared errors of the global batch, ..."""
     positions_by_time: list[int]
     """... and latent positions."""
+    layer_norms: LayerNorms | None = None
+    """Where they were asked for."""
 
 
 def train_step(
@@ -49,24 +52,28 @@ def train_step(
     batches: list[Batch],
     stop_flags: Sequence[bool] = (),
     phases: Phases | None = None,
+    probe: LayerProbe | None = None,
 ) -> StepResult:
-    """Train on this replica's micro-batches of one global batch."""
+    """Train on this replica's micro-batches of one global batch; with `probe`, on all ranks, measure its layers."""
     # Gradients live in the buffers of the data-parallel wrapper, which accumulate over micro-batches.
     phases = phases or Phases(torch.device("cpu"))
     phases.enter("forward_backward")
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    if probe is not None:
+        probe.start()
     # Gradients come back summed over replicas and divided by the global count.
     sums_and_counts = forward_backward(model, batches)
     phases.enter("agree")
     gradients = ReadyGradients.prepare(optimizer)
+    layer_norms = None if probe is None else probe.finish()
     # All ranks learn here what all ranks found, before any weight changes.
     result = _agree(sums_and_counts, gradients.norm, stop_flags)
     phases.enter("update")
     if not result.refused:
         gradients.apply()
-    return result
+    return replace(result, layer_norms=layer_norms)
 
 
 def forward_backward(model: list[DistributedDataParallel], batches: list[Batch], forward_only: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,9 @@ from megatron_video.dit.specs import LayerSpec
 from megatron_video.dit.stage import Stage
 from megatron_video.errors import UserError
 from megatron_video.fp8 import building_layer, running_layer, running_layers, token_multiple
+
+ActivationWatch = Callable[[str, Tensor, TokenLayout], None]
+"""(part of the model, hidden states [s, b, D] of this rank after it, which tokens they are)."""
 
 
 class OutputHead(nn.Module):
@@ -74,6 +78,8 @@ class VideoDiT(MegatronModule):
         self.head = OutputHead(dit, config) if stage.is_last else None
         self.token_multiple = self._needed_multiple()
         self._input_tensor: Tensor | None = None
+        self.activation_watch: ActivationWatch | None = None
+        """Told of the residual stream after the embedding and after every layer; None on steps that do not measure."""
         self._mark_replicated_embedders()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -112,6 +118,8 @@ class VideoDiT(MegatronModule):
         text, hidden_text = padded_text(text, text_lengths, self.token_multiple)
         x = self._embed(latents) if self.stage.is_first else self._received()
         layout = self._token_layout(grid, text.dtype, text.device)
+        if self.activation_watch is not None and self.stage.is_first:
+            self.activation_watch("patch_embedding", x, layout)
         inputs = (modulation, text, hidden_text, self._checked_seeds(dropout_seeds))
         x = self._run_layers(x, *inputs, tokens=layout)
         return self._predict(x, embedding, grid) if self.stage.is_last else x
@@ -146,10 +154,13 @@ class VideoDiT(MegatronModule):
             self.set_is_first_microbatch()
         offload.start_micro_batch(self, config, self.vp_stage)
         with running_layers(config):
-            for position, layer in enumerate(self.layers.values()):
+            for position, (number, layer) in enumerate(self.layers.items()):
                 recomputed = self.training and position < self.stage.recomputed_layers
                 run = partial(self._run_layer, layer, tokens=tokens)
                 x = recompute.run(run, x, *inputs, recompute=recomputed, fp8=bool(config.fp8))
+                # Outside of what is computed again in backward, so that nothing counts twice.
+                if self.activation_watch is not None:
+                    self.activation_watch(f"layers.{number}", x, tokens)
         return x
 
     @staticmethod

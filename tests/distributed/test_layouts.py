@@ -98,6 +98,21 @@ def test_a_fault_shows(fault: str, ranks: RankPool, references: References) -> N
     assert quantity in compare(reports, references.report(workload)).above(TOLERANCES["float32"])
 
 
+def test_measuring_the_layers_changes_nothing_and_covers_all_of_them(references: References) -> None:
+    """Every part of the model has a size; the parts' gradients together have the norm that clipping uses."""
+    report = references.report(Workload())
+    layers = [f"layers.{number}" for number in range(Workload().num_layers)]
+    ends = ["time_conditioning", "text_projection", "head"]
+    for kind, parts in (("activation_rms", ["patch_embedding", *layers]), ("grad_norm", [*layers, *ends])):
+        assert all(report.telemetry[f"{kind} {part}"] > 0 for part in parts)
+    norms = [value for name, value in report.telemetry.items() if name.startswith("grad_norm ")]
+    assert np.linalg.norm(norms) == pytest.approx(report.grad_norms[-1], rel=1e-6)
+    weights = assemble([report], "parameters")[0]
+    # Measured before the last update, which moves a norm by less than this.
+    found = np.linalg.norm([value for name, value in report.telemetry.items() if name.startswith("param_norm ")])
+    assert found == pytest.approx(np.sqrt(sum(np.square(weight).sum() for weight in weights.values())), rel=1e-2)
+
+
 def test_one_process_repeats_itself_bit_for_bit(ranks: RankPool, references: References) -> None:
     again = ranks.run(train, ONE_PROCESS, Workload(), ranks=1)[0]
     first = references.report(Workload())

@@ -65,7 +65,9 @@ def piece(values: list[float], start: int = 0, shape: tuple[int, ...] = (4,), pa
 
 
 def report(tensor_rank: int = 0, loss: float = 1.0, **tensors: Piece) -> Report:
-    return Report([loss], [2.0], tensor_rank, {quantity: dict(tensors) for quantity in QUANTITIES})
+    return Report(
+        [loss], [2.0], {"loss t=0-0.1": loss}, tensor_rank, {quantity: dict(tensors) for quantity in QUANTITIES}
+    )
 
 
 def test_shards_and_tensor_parallel_cuts_are_put_together() -> None:
@@ -116,7 +118,7 @@ def test_errors_are_relative_to_each_tensor() -> None:
 
 def outcome(case: LayoutCase, dtype: Dtype, error: float = 1.2e-7) -> Outcome:
     tensor = TensorError(error, "time_conditioning.resolution_embedder.linear_2.weight")
-    return Outcome(case, dtype, 123.4, Errors(error, error, tensor, tensor, tensor, tensor, ()))
+    return Outcome(case, dtype, 123.4, Errors(error, error, tensor, tensor, tensor, tensor, tensor, ()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

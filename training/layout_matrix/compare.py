@@ -31,6 +31,7 @@ class Errors:
     parameters: TensorError
     main_parameters: TensorError
     ema: TensorError
+    telemetry: TensorError
     unequal_copies: tuple[str, ...]
     """Tensors of which two ranks hold copies that are not bit for bit equal."""
 
@@ -58,6 +59,10 @@ def compare(reports: list[Report], reference: Report) -> Errors:
     return Errors(
         loss=max(_numbers_error(report.losses, reference.losses) for report in reports),
         grad_norm=max(_numbers_error(report.grad_norms, reference.grad_norms) for report in reports),
+        telemetry=max(
+            (worst_tensor(_arrays(report.telemetry), _arrays(reference.telemetry)) for report in reports),
+            key=lambda worst: worst.error,
+        ),
         unequal_copies=tuple(unequal),
         **worst,
     )
@@ -113,6 +118,10 @@ def _join(pieces: list[Piece]) -> tuple[np.ndarray, bool]:
         equal = equal and np.array_equal(place[known], piece.values[known], equal_nan=True)
         place[:] = piece.values
     return cut.reshape(pieces[0].shape), equal
+
+
+def _arrays(numbers: dict[str, float]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(number) for name, number in numbers.items()}
 
 
 def _numbers_error(found: list[float], expected: list[float]) -> float:

@@ -14,9 +14,15 @@ from training.layout_matrix.runner import Outcome
 from training.layout_matrix.table import TOLERANCES, Dtype
 
 DTYPE_NAMES: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16"}
-# Quantity -> head of its column. In fp32 the optimizer updates the parameters themselves.
+# Quantity -> head of its column: what fits a line. In fp32 the optimizer updates the parameters themselves.
 _COLUMNS: dict[Dtype, dict[str, str]] = {
-    "float32": {"loss": "loss", "grad_norm": "norm", "gradients": "grads", "parameters": "params", "ema": "EMA"},
+    "float32": {
+        "loss": "loss",
+        "grad_norm": "norm",
+        "gradients": "grads",
+        "parameters": "params",
+        "ema": "EMA",
+    },
     "bfloat16": {
         "loss": "loss",
         "grad_norm": "norm",

@@ -94,16 +94,21 @@ class Tolerance:
     parameters: float
     main_parameters: float
     ema: float
+    telemetry: float
 
 
 # fp32 is the project's contract; the largest error measured on a CPU is 1.3e-6, in the gradient of a QK-norm, a sum of
 # cancelling terms. bf16 keeps 8 bits, and another order of adding flips the last one of activations. Its limits are
 # about twice the largest measured errors of all layouts (loss 1.2e-3, norm 2.5e-3, gradients 3.8e-2, parameters 1.2e-3,
-# their fp32 copies 2.3e-4, EMA 1.0e-4), and below what separates bf16 from fp32 on one process (6.7e-3, 2.6e-2, 9.6e-2,
-# 3.6e-3, 3.9e-3, 3.8e-3).
+# their fp32 copies 2.3e-4, EMA 1.0e-4, telemetry 3.2e-3), and below what separates bf16 from fp32 on one process
+# (6.7e-3, 2.6e-2, 9.6e-2, 3.6e-3, 3.9e-3, 3.8e-3; telemetry: not asked).
 TOLERANCES: dict[Dtype, Tolerance] = {
-    "float32": Tolerance(loss=1e-5, grad_norm=1e-5, gradients=1e-5, parameters=1e-5, main_parameters=1e-5, ema=1e-5),
-    "bfloat16": Tolerance(loss=3e-3, grad_norm=8e-3, gradients=8e-2, parameters=3e-3, main_parameters=6e-4, ema=3e-4),
+    "float32": Tolerance(
+        loss=1e-5, grad_norm=1e-5, gradients=1e-5, parameters=1e-5, main_parameters=1e-5, ema=1e-5, telemetry=1e-5
+    ),
+    "bfloat16": Tolerance(
+        loss=3e-3, grad_norm=8e-3, gradients=8e-2, parameters=3e-3, main_parameters=6e-4, ema=3e-4, telemetry=2e-2
+    ),
 }
 
 

@@ -20,10 +20,12 @@ from megatron_video.parallel import data_parallel_rank, data_parallel_size, init
 from training.config import AdamWConfig
 from training.data import Batch
 from training.ema import EMA
+from training.layer_norms import LayerProbe
 from training.layout_matrix.table import STEPS, LayoutCase, Workload
 from training.main_parameters import MainParameter, main_parameters
 from training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
-from training.train_step import train_step
+from training.time_bins import bin_label, mean_by_time
+from training.train_step import StepResult, train_step
 
 CHANNELS, LLM_CHANNELS, CLIP_CHANNELS, CLIP_TOKENS = 6, 24, 12, 5
 # With the usual eps of 1e-8, rounding noise of vanishing gradients would move parameters by whole steps. Gradients have
@@ -53,6 +55,8 @@ class Report:
 
     losses: list[float]
     grad_norms: list[float]
+    telemetry: dict[str, float]
+    """What the last step measured beside the loss: loss by t, and sizes of activations, gradients and weights."""
     tensor_rank: int
     tensors: dict[str, dict[str, Piece]]
     """Quantity (gradients of the last step, parameters, main_parameters, ema) -> name in the whole model -> piece."""
@@ -74,12 +78,14 @@ class Session:
         batches = micro_batches(self.workload, self.layout.single_samples)
         ours = batches[data_parallel_rank() :: data_parallel_size()]
         results = []
-        for _ in range(steps):
+        for step in range(steps):
             set_learning_rate(self.optimizer, SETTINGS.learning_rate, SETTINGS.weight_decay)
-            results.append(train_step(self.model, self.optimizer, ours))
+            # On the last step alone, as it is made seldom in a run.
+            probe = LayerProbe(self.model, self.optimizer) if step == steps - 1 else None
+            results.append(train_step(self.model, self.optimizer, ours, probe=probe))
             self.ema.update()
         losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
-        return Report(losses, norms, self.chunks[0].groups.tp.rank(), self._tensors())
+        return Report(losses, norms, _telemetry(results[-1]), self.chunks[0].groups.tp.rank(), self._tensors())
 
     def _tensors(self) -> dict[str, dict[str, Piece]]:
         # With overlapped gathers the other ranks' part of the last update arrives only in the next forward pass.
@@ -187,6 +193,15 @@ def _leave_no_zero(chunk: VideoDiT, seed: int) -> None:
         # Rows of matrices add up many inputs; norms, biases and modulation act one by one.
         is_matrix = parameter.dim() > 1 and not name.endswith("modulation_table")
         parameter.add_(noise.to(parameter) * (0.05 if is_matrix else 0.3))
+
+
+def _telemetry(result: StepResult) -> dict[str, float]:
+    assert result.layer_norms is not None
+    named = {
+        f"{kind} {part}": value for kind, parts in vars(result.layer_norms).items() for part, value in parts.items()
+    }
+    losses = mean_by_time(result.loss_sums_by_time, result.positions_by_time)
+    return named | {f"loss t={bin_label(index)}": loss for index, loss in enumerate(losses) if loss is not None}
 
 
 def _gradient(item: MainParameter) -> Tensor:
