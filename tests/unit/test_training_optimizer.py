@@ -118,5 +118,5 @@ def test_a_non_finite_step_is_refused_and_leaves_no_trace(model: list[Distribute
 def test_a_stop_request_is_reported(model: list[DistributedDataParallel]) -> None:
     optimizer = build_optimizer(model, SETTINGS, ParallelConfig())
     set_learning_rate(optimizer, 1e-2, SETTINGS.weight_decay)
-    assert train_step(model, optimizer, [make_batch(1, 2, 3)], stop_requested=True).stop_requested
-    assert not train_step(model, optimizer, [make_batch(1, 2, 3)]).stop_requested
+    assert train_step(model, optimizer, [make_batch(1, 2, 3)], stop_flags=[False, True]).stop_reason == "wall time"
+    assert train_step(model, optimizer, [make_batch(1, 2, 3)]).stop_reason is None
