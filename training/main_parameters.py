@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -29,38 +28,6 @@ class MainParameter:
     """Which elements of the flattened parameter `main` is; None where it is all of them."""
     group: dist.ProcessGroup | None
     """Replicas over which the parameter is cut; None where every replica has all of it."""
-
-    def gather(self, value: Tensor | None, owner: int) -> Tensor | None:
-        """Put the parts of `value` (like `main`) together on rank `owner` of the group; None on the others.
-
-        Returns:
-            fp32 of the parameter's shape. Without a group: `value` itself, on every rank.
-        """
-        if self.group is None:
-            return value
-        whole = self._empty()
-        if value is not None:
-            whole[self.part] = value.detach().float().view(-1)
-        # Everything outside a rank's own part is zero, so that the sum puts the parts side by side.
-        dist.reduce(whole, dist.get_global_rank(self.group, owner), group=self.group)
-        return whole.view(self.parameter.shape) if self.group.rank() == owner else None
-
-    def scatter(self, whole: Tensor | None, owner: int, target: Tensor | None) -> None:
-        """Fill `target` (like `main`) from the whole tensor that rank `owner` of the group has."""
-        if self.group is None:
-            assert target is not None
-            assert whole is not None
-            to_local_if_dtensor(target).copy_(whole)
-            return
-        flat = self._empty()
-        if whole is not None:
-            flat.copy_(whole.reshape(-1))
-        dist.broadcast(flat, dist.get_global_rank(self.group, owner), group=self.group)
-        if target is not None:
-            target.copy_(flat[self.part].view(target.shape))
-
-    def _empty(self) -> Tensor:
-        return torch.zeros(self.parameter.numel(), dtype=torch.float32, device=self.parameter.device)
 
 
 def main_parameters(optimizer: MegatronOptimizer) -> list[MainParameter]:

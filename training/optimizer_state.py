@@ -4,8 +4,8 @@ For every parameter of the model three fp32 tensors in the parameter's own shape
 `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`, with an EMA a fourth named `ema.<parameter>`, and one count of
 updates. Settings (betas, weight decay, ...) are not stored: they come from the configuration.
 
-Under ZeRO-1 every parameter is put together on one of the replicas that hold its parts, and written and read there:
-each keeps its share of the whole in memory, and no more than one other parameter.
+Under ZeRO-1 each replica writes and reads the part of a parameter that it holds, a run of its flattened elements, as
+the boxes that the run consists of: nothing is gathered, and no replica needs memory for the parts of another.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
 
 from training.ema import EMA
+from training.flat_parts import Box, boxes
 from training.main_parameters import MainParameter, main_parameters, only_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,32 +35,31 @@ State = dict[int, dict[str, Any]]
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool, ema: EMA | None = None
 ) -> State:
-    """Tensors to save, or to load into, cut like those in `model_state`; keyed by a parameter's number and its name.
-
-    Under ZeRO-1 all ranks must call it together.
-    """
+    """Tensors to save, or to load into, cut like those in `model_state`; keyed by a parameter's number and its name."""
     _start_moments(only_optimizer(optimizer))
     # A tensor of the state is cut and replicated exactly as the parameter it belongs to.
     tensors = _flat(extract_sharded_tensors(model_state)[0])
     templates = {id(getattr(tensor.data, "rows_of", tensor.data)): tensor for tensor in tensors}
     state: State = {}
-    for number, (item, owner, values) in enumerate(_owned(optimizer, ema)):
+    for number, (item, values) in enumerate(_values(optimizer, ema)):
+        template = templates[id(item.parameter)]
         for name, value in values.items():
-            whole = _placeholder(item, owner) if is_loading else item.gather(value, owner)
-            if whole is not None:
-                # Off the device at once: a GPU has no room for its share of everyone's parts.
-                whole = whole if item.group is None else whole.cpu()
-                template = _main_replica(templates[id(item.parameter)], item)
-                state.setdefault(number, {})[name] = make_sharded_optimizer_tensor(template, whole, _PREFIXES[name])
+            if value is not None:
+                # Read beside the live tensor: a read that fails leaves it whole.
+                held = torch.empty_like(to_local_if_dtensor(value), dtype=torch.float32) if is_loading else value
+                state.setdefault(number, {})[name] = _sharded(template, item, held, _PREFIXES[name])
     return state
 
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: State, updates: int, ema: EMA | None = None) -> None:
     """Take over what `sharded_optimizer_state(..., is_loading=True)` described, once it has been read."""
-    for number, (item, owner, values) in enumerate(_owned(optimizer, ema)):
+    for number, (_, values) in enumerate(_values(optimizer, ema)):
         for name, value in values.items():
-            item.scatter(loaded.get(number, {}).get(name), owner, value)
+            if value is not None:
+                target, found = to_local_if_dtensor(value), loaded[number][name]
+                # Boxes come in the order of the elements.
+                target.copy_(torch.cat([box.flatten() for box in found]).view(target.shape))
     # The tensors carry no count; bias correction needs it.
     single = only_optimizer(optimizer)
     for group in single.optimizer.param_groups:
@@ -77,43 +77,45 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
     return max((int(state["step"]) for state in single.optimizer.state.values() if state), default=0)
 
 
-def _owned(
-    optimizer: MegatronOptimizer, ema: EMA | None
-) -> Iterator[tuple[MainParameter, int, dict[str, Tensor | None]]]:
-    """Every parameter, the rank of its group that writes and reads it, and its values by name (None: not here)."""
+def _values(optimizer: MegatronOptimizer, ema: EMA | None) -> Iterator[tuple[MainParameter, dict[str, Tensor | None]]]:
+    """Every parameter and what this rank holds of its values, by name (None: nothing)."""
     items = main_parameters(optimizer)
     averages = [None] * len(items) if ema is None else ema.averages
     state = only_optimizer(optimizer).optimizer.state
-    loads: list[int] = []
     for item, average in zip(items, averages, strict=True):
         main = item.main
         values = {"param": None if main is None else main.detach()}
         values |= {name: None if main is None else state[main][name] for name in MOMENTS}
         if ema is not None:
             values["ema"] = average
-        loads = loads or [0] * (item.group.size() if item.group else 1)
-        # To the replica with the least so far; all replicas walk through the same list and so agree.
-        owner = loads.index(min(loads))
-        loads[owner] += item.parameter.numel()
-        yield item, owner, values
+        yield item, values
 
 
-def _placeholder(item: MainParameter, owner: int) -> Tensor | None:
-    """Where a tensor is read into; None on replicas that get their part from another."""
-    if item.group is not None and item.group.rank() != owner:
-        return None
-    if item.group is not None:
-        return torch.empty(item.parameter.shape, dtype=torch.float32)
-    assert item.main is not None
-    return torch.empty_like(to_local_if_dtensor(item.main), dtype=torch.float32)
+def _sharded(template: ShardedTensor, item: MainParameter, value: Tensor, prefix: str) -> list[ShardedTensor]:
+    """What this rank holds of a parameter, described as pieces of the whole tensor."""
+    if item.part is None:
+        return [make_sharded_optimizer_tensor(template, value, prefix)]
+    flat, pieces = value.view(-1), []
+    for box in boxes(tuple(template.local_shape), item.part.start, item.part.stop):
+        piece = _cut(template, box)
+        data, flat = flat[: box.elements].view(box.shape), flat[box.elements :]
+        pieces.append(make_sharded_optimizer_tensor(piece, data, prefix))
+    return pieces
 
 
-def _main_replica(template: ShardedTensor, item: MainParameter) -> ShardedTensor:
-    """Among replicas the owner's is the only copy; over tensor-parallel ranks and stages the numbers stay."""
-    if item.group is None:
-        return template
+def _cut(template: ShardedTensor, box: Box) -> ShardedTensor:
     assert isinstance(template.replica_id, tuple)
-    return replace(template, replica_id=(*template.replica_id[:-1], 0))
+    whole = (0,) * template.prepend_axis_num
+    offset = tuple(start + more for start, more in zip(template.global_offset, (*whole, *box.offset), strict=True))
+    return replace(
+        template,
+        data=None,
+        local_shape=box.shape,
+        global_offset=offset,
+        axis_fragmentations=None,  # pieces of unequal sizes
+        # No other data-parallel rank has it; over tensor-parallel ranks and stages the numbers stay.
+        replica_id=(*template.replica_id[:-1], 0),
+    )
 
 
 def _counts_per_group(single: Any) -> bool:
