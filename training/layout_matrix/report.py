@@ -22,6 +22,7 @@ _COLUMNS: dict[Dtype, dict[str, str]] = {
         "gradients": "grads",
         "parameters": "params",
         "ema": "EMA",
+        "telemetry": "telem.",
     },
     "bfloat16": {
         "loss": "loss",
