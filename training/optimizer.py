@@ -24,10 +24,12 @@ from training.optimizer_config import AdamWConfig
 WrappedChunk: TypeAlias = DistributedDataParallel | FullyShardedDiT
 
 # Parameters without weight decay: everything with one dimension (norms, biases) and the adaLN tables.
-_WITHOUT_DECAY = ParamKey(
-    name=("*.bias", "*modulation_table*"),
-    predicate=ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1),
-)
+WITHOUT_DECAY = {
+    ParamKey(
+        name=("*.bias", "*modulation_table*"),
+        predicate=ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1),
+    ): ParamGroupOverride(wd_mult=0.0)
+}
 
 # Share of the way between lowest and peak learning rate that is left, by the share of the fall that is done.
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
@@ -99,7 +101,7 @@ def build_optimizer(model: list[WrappedChunk], config: AdamWConfig, parallel: Pa
     optimizer = get_megatron_optimizer(
         settings,
         model,
-        config_overrides={_WITHOUT_DECAY: ParamGroupOverride(wd_mult=0.0)},
+        config_overrides=WITHOUT_DECAY,
         use_gloo_process_groups=uses_nccl,
     )
     # Only under Megatron-FSDP it comes bare.

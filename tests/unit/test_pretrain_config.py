@@ -10,6 +10,7 @@ import pytest
 from megatron_video.buckets import parse_bucket
 from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
+from megatron_video.parallel import ParallelConfig
 from training.config import PRESET_DIR, AdamWConfig, PretrainConfig
 from training.optimizer import learning_rate
 
@@ -92,10 +93,38 @@ def test_presets_of_the_30b_follow_table_6(stage: str, rate: float, per_node: in
     # A node of 8 GPUs is one replica.
     assert config.data_parallel_size(8 * nodes) == nodes
     assert config.model.hidden_size == 6144
+    # Table 2: TP 8 with sequence parallelism and ZeRO-1, without CP and PP; 83.33 % of 48 layers recomputed at 540P.
+    parallel = config.parallel
+    assert parallel == ParallelConfig(
+        tensor_model_parallel_size=8,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        recompute_granularity="full" if "540" in stage else None,
+        recompute_num_layers=40 if "540" in stage else None,
+    )
     pixels = {"t2i_256": 256 * 256, "t2vi_192": 192 * 320, "t2vi_540": 544 * 992}[stage[:-3]]
     buckets = [parse_bucket(name) for name in config.data.buckets or []]
     assert {bucket.frames for bucket in buckets} == ({1} if stage.startswith("t2i") else {1, 68, 136, 204})
     assert all(bucket.height * bucket.width == pytest.approx(pixels, rel=0.1) for bucket in buckets)
+
+
+def test_each_stage_of_the_30b_starts_from_the_one_before() -> None:
+    names = [f"step_video_30b_{row[0]}" for row in TABLE_6] + ["step_video_30b_sft"]
+    configs = [load_config(PretrainConfig, name, [], PRESET_DIR) for name in names]
+    assert [config.run.initial_weights for config in configs] == [None, *(f"runs/{name}" for name in names[:-1])]
+    assert [config.run.output_dir for config in configs] == [f"runs/{name}" for name in names]
+    assert len({config.run.stage for config in configs}) == len(names)
+    # Images are left out of fine-tuning (section 8).
+    assert {parse_bucket(name).frames for name in configs[-1].data.buckets or []} == {68, 136, 204}
+
+
+def test_shift_of_the_30b_is_that_of_68_frames() -> None:
+    for resolution, stage in (("192x320", "t2vi_192_s1"), ("544x992", "t2vi_540_s3"), ("544x992", "sft")):
+        config = load_config(PretrainConfig, f"step_video_30b_{stage}", [], PRESET_DIR)
+        tokens = parse_bucket(f"68x{resolution}").latent_shape.tokens
+        assert config.flow.shift_base_tokens == tokens
 
 
 def test_every_preset_of_this_command_loads() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, _get_param_groups
 
 from megatron_video import device
 from megatron_video.dit import DiTConfig, build_dit
-from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel
+from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel, one_process
 from training.config import AdamWConfig
 from training.data import Batch
-from training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from training.optimizer import WITHOUT_DECAY, build_optimizer, set_learning_rate, wrap_data_parallel
 from training.train_step import train_step
 
 MODEL = DiTConfig(
@@ -97,6 +100,59 @@ class _Loss(torch.nn.Module):
 
     def forward(self) -> torch.Tensor:
         return mean_loss(self.module, self.batches)
+
+
+# Every parameter of the 30B, its number over all layers, and whether its weights decay.
+GROUPS_30B = {
+    "patch_embedding.weight": (1, True),
+    "patch_embedding.bias": (1, False),
+    "time_conditioning.time_embedder.linear_1.weight": (1, True),
+    "time_conditioning.time_embedder.linear_1.bias": (1, False),
+    "time_conditioning.time_embedder.linear_2.weight": (1, True),
+    "time_conditioning.time_embedder.linear_2.bias": (1, False),
+    "time_conditioning.modulation_linear.weight": (1, True),
+    "time_conditioning.modulation_linear.bias": (1, False),
+    "text_projection.llm_linear_1.weight": (1, True),
+    "text_projection.llm_linear_1.bias": (1, False),
+    "text_projection.llm_linear_2.weight": (1, True),
+    "text_projection.llm_linear_2.bias": (1, False),
+    "text_projection.clip_linear.weight": (1, True),
+    "text_projection.clip_linear.bias": (1, False),
+    "layers.*.modulation_table": (48, False),
+    "layers.*.norm1.weight": (48, False),
+    "layers.*.norm1.bias": (48, False),
+    "layers.*.self_attention.linear_qkv.weight": (48, True),
+    "layers.*.self_attention.linear_proj.weight": (48, True),
+    "layers.*.self_attention.q_layernorm.weight": (48, False),
+    "layers.*.self_attention.k_layernorm.weight": (48, False),
+    "layers.*.cross_attention.linear_q.weight": (48, True),
+    "layers.*.cross_attention.linear_kv.weight": (48, True),
+    "layers.*.cross_attention.linear_proj.weight": (48, True),
+    "layers.*.cross_attention.q_layernorm.weight": (48, False),
+    "layers.*.cross_attention.k_layernorm.weight": (48, False),
+    "layers.*.norm2.weight": (48, False),
+    "layers.*.norm2.bias": (48, False),
+    "layers.*.mlp.linear_fc1.weight": (48, True),
+    "layers.*.mlp.linear_fc2.weight": (48, True),
+    "head.modulation_table": (1, False),
+    "head.projection.weight": (1, True),
+    "head.projection.bias": (1, False),
+}
+
+
+def test_weight_decay_of_every_parameter_of_the_30b() -> None:
+    with one_process() as parallel:
+        chunks = build_dit(DiTConfig(), parallel, torch.bfloat16, device=torch.device("meta"))
+        names = {id(parameter): name for name, parameter in chunks[0].named_parameters()}
+        # What get_megatron_optimizer makes its groups with.
+        groups = _get_param_groups(chunks, OptimizerConfig(weight_decay=0.01), WITHOUT_DECAY)
+    found: Counter[tuple[str, bool]] = Counter()
+    for group in groups:
+        assert group["wd_mult"] in (0.0, 1.0)
+        for parameter in group["params"]:
+            found[re.sub(r"(?<=\.)\d+(?=\.)", "*", names.pop(id(parameter))), group["wd_mult"] == 1.0] += 1
+    assert names == {}
+    assert found == {(name, decays): count for name, (count, decays) in GROUPS_30B.items()}
 
 
 @pytest.mark.parametrize("where", ["target", "latents"])
