@@ -20,6 +20,7 @@ from megatron_video.parallel import ParallelConfig
 from training.data_config import DataConfig as DataConfig
 from training.fault_config import FaultConfig
 from training.optimizer_config import AdamWConfig as AdamWConfig
+from training.telemetry_config import TelemetryConfig
 
 PRESET_DIR = Path(__file__).parent / "configs" / "pretrain"
 
@@ -117,6 +118,8 @@ class PretrainConfig:
     """Length, precision, checkpoints, logs."""
     faults: FaultConfig = field(default_factory=FaultConfig)
     """End of the job's time, hangs, spikes, slow ranks."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """Measurements beside the steps."""
 
     def __post_init__(self) -> None:
         """Refuse contradictions between the groups.
@@ -151,6 +154,8 @@ class PretrainConfig:
             micro_batches=self.data.micro_batches_per_step,
             micro_batch_size=self.data.micro_batch_size,
             samples_per_draw=self.data.samples_per_draw,
+            balance=self.data.balance,
+            images_per_video=self.data.images_per_video,
             buckets=buckets or self.data.buckets,
             hardware=hardware,
         )

@@ -51,7 +51,9 @@ def run_steps(trainer: Trainer) -> str:
         # Time since the end of the last step: waiting for data.
         data_seconds = watch.lap()
         rate = trainer.next_learning_rate()
-        result = train_step(trainer.model, trainer.optimizer, step.batches, trainer.stop.flags(), phases)
+        result = train_step(
+            trainer.model, trainer.optimizer, step.batches, trainer.stop.flags(), phases, trainer.layer_probe()
+        )
         phases.enter("report")
         trainer.count(result)
         trainer.telemetry.log_step(
@@ -68,6 +70,7 @@ def run_steps(trainer: Trainer) -> str:
                 refused=result.refused,
                 loss_by_time=mean_by_time(result.loss_sums_by_time, result.positions_by_time),
                 positions_by_time=result.positions_by_time,
+                layer_norms=result.layer_norms,
             )
         )
         if trainer.save_is_due(result):

@@ -13,13 +13,19 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_video import __version__
 from megatron_video.config_io import save_config
+from training.memory_use import MemoryUse, largest_memory_use
+from training.time_bins import TIME_BINS, bin_label
+
+if TYPE_CHECKING:
+    from training.layer_norms import LayerNorms
 
 # Those whose version can change a number.
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "safetensors", "webdataset", "tensorboard")
@@ -52,6 +58,8 @@ class StepMetrics:
     """The loss apart by t, in equal parts of [0, 1); null where no sample of the batch lies."""
     positions_by_time: list[int]
     """Latent positions of the global batch in each part: what the loss is a mean over."""
+    layer_norms: LayerNorms | None = None
+    """Sizes of the layers, on the steps that measured them; other lines have no such entry."""
 
 
 class Telemetry:
@@ -94,16 +102,24 @@ class Telemetry:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def log_step(self, metrics: StepMetrics) -> None:
-        """Record one step."""
+        """Record one step; all ranks call it, as those that are shown measure the memory of all of them."""
+        is_shown = metrics.step % self.log_every == 0 or metrics.step == self.total_steps
+        memory = largest_memory_use() if is_shown else None
         if not self.active:
             return
+        line: dict[str, Any] = {**vars(metrics), "life": self.life, "time": time.time()}
+        # Seldom there, and then large: a line without them is as short as it can be.
+        line["layer_norms"] = None if metrics.layer_norms is None else asdict(metrics.layer_norms)
+        line["memory"] = None if memory is None else asdict(memory)
+        line = {name: value for name, value in line.items() if value is not None}
         # A line is whole on disk before the next step starts, so a killed job leaves every finished step.
-        line = {**vars(metrics), "life": self.life, "time": time.time()}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         self._window.append(metrics)
-        if metrics.step % self.log_every == 0 or metrics.step == self.total_steps:
-            self._report()
+        if metrics.layer_norms is not None:
+            self._board_layers(metrics.layer_norms, metrics.step)
+        if memory is not None:
+            self._report(memory)
 
     def say(self, text: str) -> None:
         """One line on the console, with the time."""
@@ -118,7 +134,14 @@ class Telemetry:
             self._lines.close()
             self._board.close()
 
-    def _report(self) -> None:
+    def _board_layers(self, norms: LayerNorms, step: int) -> None:
+        for kind, parts in asdict(norms).items():
+            for part, value in parts.items():
+                # Zero-padded, so that TensorBoard sorts layer 10 behind layer 9.
+                name = f"layers.{int(part.removeprefix('layers.')):03d}" if part.startswith("layers.") else part
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _report(self, memory: MemoryUse) -> None:
         window, last = self._window, self._window[-1]
         self._window = []
         # Rates are totals over totals: steps of other sizes weigh right.
@@ -135,6 +158,11 @@ class Telemetry:
             scalars["MFU"] = sum(metrics.flops for metrics in window) / seconds / self.peak_flops
         for name, value in scalars.items():
             self._board.add_scalar(f"train/{name.replace(' ', '_')}", value, last.step)
+        for name, value in asdict(memory).items():
+            self._board.add_scalar(f"memory/{name}_GiB", value / 2**30, last.step)
+        for index, loss in enumerate(window_loss_by_time(window)):
+            if loss is not None:
+                self._board.add_scalar(f"loss_by_time/{bin_label(index)}", loss, last.step)
         self.say(self._console_line(last.step, scalars))
 
     def _console_line(self, step: int, scalars: dict[str, float]) -> str:
@@ -151,6 +179,16 @@ class Telemetry:
         if "MFU" in scalars:
             parts.append(f"MFU {scalars['MFU']:.1%}")
         return " | ".join([*parts, f"left {left}"])
+
+
+def window_loss_by_time(window: Sequence[StepMetrics]) -> list[float | None]:
+    """Mean loss of each part of t over several steps, each latent position counting alike; None without any."""
+    means: list[float | None] = []
+    for index in range(TIME_BINS):
+        pairs = [(step.loss_by_time[index], step.positions_by_time[index]) for step in window]
+        count = sum(positions for _, positions in pairs)
+        means.append(sum((loss or 0.0) * positions for loss, positions in pairs) / count if count else None)
+    return means
 
 
 def record_life(run_dir: Path, first_step: int) -> int:

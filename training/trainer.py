@@ -18,6 +18,7 @@ from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.ema import EMA
 from training.events import EventLog
+from training.layer_norms import LayerProbe
 from training.optimizer import learning_rate, set_learning_rate
 from training.phases import Phases
 from training.stop_signal import StopSignal
@@ -59,6 +60,12 @@ class Trainer:
             self.config.data.prefetch_steps,
             pin_memory=self.device.device.type == "cuda",
         )
+
+    def layer_probe(self) -> LayerProbe | None:
+        """What measures the layers in the step to come, if that is one of those that do."""
+        if not self.config.telemetry.measures_layers(self.state.step + 1):
+            return None
+        return LayerProbe(self.model, self.optimizer)
 
     def next_learning_rate(self) -> float:
         """Set the learning rate of the step to come: a pure function of the step, so a resume needs no scheduler."""
