@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +26,9 @@ from megatron_video.errors import UserError
 from megatron_video.files import file_sha256 as file_sha256
 from megatron_video.files import write_atomically as write_atomically
 
-# Raised when a reader of the old layout would misread the new one.
-SHARD_SCHEMA_VERSION = 1
+# Raised when a reader of the old layout would misread the new one. Version 2: the columns of _VERSION_2, and several
+# captions of one sample.
+SHARD_SCHEMA_VERSION = 2
 INDEX_FILE = "index.parquet"
 INFO_FILE = "dataset_info.json"
 NULL_TEXT_FILE = "null_text.safetensors"
@@ -35,13 +37,28 @@ PARTS_FOLDER = "parts"
 PAYLOADS = ("latent", "text", "json")
 MEMBER_SUFFIXES = {"latent": "latent.safetensors", "text": "text.safetensors", "json": "json"}
 
-INDEX_SCHEMA = pa.schema(
+_VERSION_1 = (
     [("key", pa.string()), ("shard", pa.string()), ("bucket", pa.string())]
     + [(name, pa.int32()) for name in ("frames", "height", "width")]
     + [(name, pa.int32()) for name in ("latent_frames", "latent_height", "latent_width", "llm_tokens")]
     + [(f"{payload}_{what}", pa.int64()) for payload in PAYLOADS for what in ("offset", "size")]
     + [("checksum", pa.int64())]  # crc32 over the three payloads in order
 )
+# May be null, and are null in folders that were written before.
+_VERSION_2 = [
+    ("caption_tokens", pa.list_(pa.int32())),  # Step-LLM tokens of each kind of DatasetInfo.captions; 0: has none
+    ("subset", pa.string()),  # strictest subset of `data filter`
+    ("weight", pa.float32()),  # of `data balance`; null counts as 1
+]
+INDEX_SCHEMA = pa.schema(_VERSION_1 + _VERSION_2)
+
+
+class DamagedSampleError(UserError):
+    """One sample cannot be read, or is not what was written; the others may be well."""
+
+
+Text = tuple[torch.Tensor, torch.Tensor]
+"""(llm [n, d_llm], clip [L_clip, d_clip]) bf16 of one caption."""
 
 
 class ShardSample(NamedTuple):
@@ -51,10 +68,12 @@ class ShardSample(NamedTuple):
     moments: torch.Tensor
     """bf16 [t, 2z, h, w]: mean, then log-variance."""
     llm: torch.Tensor
-    """bf16 [n, d_llm], n tokens, no padding."""
+    """bf16 [n, d_llm], n tokens, no padding; of the first caption."""
     clip: torch.Tensor
-    """bf16 [L_clip, d_clip]."""
+    """bf16 [L_clip, d_clip], of the first caption."""
     metadata: dict[str, Any]
+    captions: Mapping[str, Text] = MappingProxyType({})
+    """States of every kind of caption that the sample has, the first included; {}: it has one, of no named kind."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,8 @@ class DatasetInfo:
     clip_dim: int
     clip_tokens: int
     """Slots of the CLIP states of every sample."""
+    captions: list[str] = field(default_factory=list)
+    """Kinds of captions that samples may have, in order; []: each has one, of no named kind."""
     schema_version: int = SHARD_SCHEMA_VERSION
     samples: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
@@ -100,11 +121,20 @@ def check_fits(where: str, bucket: Bucket, moments: torch.Tensor, info: DatasetI
 
 def encode_sample(sample: ShardSample) -> dict[str, bytes]:
     """The three payloads of a sample, in the order of `PAYLOADS`."""
+    # The first caption stands where the only one of other samples does; any reader finds it there.
+    further = list(sample.captions.items())[1:]
+    texts = {"llm": sample.llm, "clip": sample.clip}
+    texts |= {
+        f"{name}.{kind}": states for kind, text in further for name, states in zip(("llm", "clip"), text, strict=True)
+    }
+    metadata = {"key": sample.key, **sample.metadata} | (
+        {"caption_kinds": [*sample.captions]} if sample.captions else {}
+    )
     return {
         "latent": dump_tensors({"moments": to_stored(sample.moments)}),
-        "text": dump_tensors({"llm": to_stored(sample.llm), "clip": to_stored(sample.clip)}),
+        "text": dump_tensors({name: to_stored(states) for name, states in texts.items()}),
         # Sorted, so that equal metadata gives equal bytes.
-        "json": json.dumps({"key": sample.key, **sample.metadata}, ensure_ascii=False, sort_keys=True).encode(),
+        "json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode(),
     }
 
 
@@ -116,10 +146,13 @@ def decode_sample(key: str, payloads: Mapping[str, bytes], where: str) -> ShardS
     """
     try:
         moments = load_tensors(payloads["latent"])["moments"]
-        text = load_tensors(payloads["text"])
-        return ShardSample(key, moments, text["llm"], text["clip"], json.loads(payloads["json"]))
+        text, metadata = load_tensors(payloads["text"]), json.loads(payloads["json"])
+        kinds = metadata.get("caption_kinds", [])
+        captions = {kind: (text[f"llm.{kind}"], text[f"clip.{kind}"]) for kind in kinds[1:]}
+        first = text["llm"], text["clip"]
+        return ShardSample(key, moments, *first, metadata, {kinds[0]: first, **captions} if kinds else {})
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{where}: cannot be decoded: {error}") from None
+        raise DamagedSampleError(f"{where}: cannot be decoded: {error}") from None
 
 
 def to_stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,6 +166,77 @@ def crc32(contents: Iterable[bytes]) -> int:
     for content in contents:
         checksum = zlib.crc32(content, checksum)
     return checksum
+
+
+def caption_tokens(sample: ShardSample, kinds: Sequence[str]) -> list[int] | None:
+    """The index's column of that name, for a data set with these kinds of captions.
+
+    Raises:
+        UserError: the sample has a caption of another kind.
+    """
+    unknown = [kind for kind in sample.captions if kind not in kinds]
+    if unknown:
+        raise UserError(f"sample {sample.key} has captions of {unknown}, the data set of {list(kinds)}")
+    counts = [len(sample.captions[kind][0]) if kind in sample.captions else 0 for kind in kinds]
+    return counts if sample.captions else None
+
+
+def check_index_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a table that is no shard index.
+
+    Raises:
+        UserError: names the columns.
+    """
+    if list(names) not in ([name for name, _ in _VERSION_1], INDEX_SCHEMA.names):
+        raise UserError(f"{path}: columns {list(names)} are not those of a shard index")
+
+
+def complete_index(table: pa.Table) -> pa.Table:
+    """An index of any version with all columns of this one; those that it is too old for are null."""
+    for name in INDEX_SCHEMA.names[table.num_columns :]:
+        table = table.append_column(INDEX_SCHEMA.field(name), pa.nulls(table.num_rows, INDEX_SCHEMA.field(name).type))
+    return table
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Read dataset_info.json.
+
+    Raises:
+        UserError: no folder, unfinished, unreadable, or of a newer schema.
+    """
+    path = folder / INFO_FILE
+    if not path.is_file():
+        unfinished = any(folder.glob("*.tar"))
+        hint = "encode did not finish; run it again" if unfinished else "`megatron-video data encode` writes shards"
+        raise UserError(f"{folder}: no finished shards here ({INFO_FILE} is missing): {hint}")
+    try:
+        values = json.loads(path.read_text())
+        version = int(values["schema_version"])
+        if version > SHARD_SCHEMA_VERSION:
+            raise UserError(f"{path}: shard schema {version}, this program knows up to {SHARD_SCHEMA_VERSION}")
+        return DatasetInfo(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+
+
+def read_null_text(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(llm, clip) of the empty caption.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    path = folder / NULL_TEXT_FILE
+    try:
+        tensors = load_tensors(path.read_bytes())
+        return tensors["llm"], tensors["clip"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def write_null_text(folder: Path, llm: torch.Tensor, clip: torch.Tensor) -> None:
+    """Store the states of the empty caption, [n, d_llm] and [L_clip, d_clip], as bf16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / NULL_TEXT_FILE, dump_tensors({"llm": to_stored(llm), "clip": to_stored(clip)}))
 
 
 def refuse_duplicates(index: pa.Table) -> None:

@@ -14,24 +14,25 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
 
 from megatron_video.buckets import Bucket, parse_bucket
 from megatron_video.errors import UserError
 from megatron_video.files import appearing
+from megatron_video.shard_index import IndexRow
+from megatron_video.shard_index_open import build_index, open_index
 from megatron_video.shard_schema import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -40,23 +41,29 @@ from megatron_video.shard_schema import (
     NULL_TEXT_FILE,
     PARTS_FOLDER,
     PAYLOADS,
-    SHARD_SCHEMA_VERSION,
+    DamagedSampleError,
     DatasetInfo,
     ShardSample,
+    caption_tokens,
     check_fits,
-    check_index_bucket,
+    check_index_columns,
+    complete_index,
     crc32,
     decode_sample,
     encode_sample,
     file_sha256,
     index_part,
-    refuse_duplicates,
-    to_stored,
+    read_info,
+    read_null_text,
     write_atomically,
 )
+from megatron_video.shard_schema import write_null_text as write_null_text
 from megatron_video.shard_tar import ShardTar
 
 _OPEN_SHARDS = 64
+_ROW_GROUP = 1 << 18
+# Seconds before a sample is read again.
+_PAUSES = (0.2, 0.8, 3.0)
 
 
 class ShardWriter:
@@ -65,8 +72,15 @@ class ShardWriter:
     The same samples give the same bytes.
     """
 
-    def __init__(self, folder: str | Path, name: str) -> None:
-        self.folder, self.name = Path(folder), name
+    def __init__(self, folder: str | Path, name: str, captions: Sequence[str] = ()) -> None:
+        """Begin a shard.
+
+        Args:
+            folder: of the data set.
+            name: of the tar.
+            captions: kinds of captions that samples may have, as DatasetInfo.captions names them.
+        """
+        self.folder, self.name, self._captions = Path(folder), name, captions
         (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
         self._temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         self._tar = ShardTar(self._temporary)
@@ -86,17 +100,30 @@ class ShardWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
 
-    def add(self, sample: ShardSample, bucket: Bucket) -> None:
+    def add(
+        self, sample: ShardSample, bucket: Bucket, *, subset: str | None = None, weight: float | None = None
+    ) -> None:
         """Append a sample.
 
         Raises:
             UserError: the latent does not fit the bucket, the key is taken or has a dot, or the text has a wrong shape.
         """
         self._check(sample, bucket)
-        self.add_encoded(sample.key, encode_sample(sample), bucket, len(sample.llm))
+        further = {"caption_tokens": caption_tokens(sample, self._captions), "subset": subset, "weight": weight}
+        self.add_encoded(sample.key, encode_sample(sample), bucket, len(sample.llm), further)
 
-    def add_encoded(self, key: str, payloads: Mapping[str, bytes], bucket: Bucket, llm_tokens: int) -> None:
+    def add_encoded(
+        self,
+        key: str,
+        payloads: Mapping[str, bytes],
+        bucket: Bucket,
+        llm_tokens: int,
+        further: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Append a sample by its three payloads, as `encode_sample` made them or `ShardDataset.payloads` read them.
+
+        Args:
+            further: other columns of its row: caption_tokens, subset, weight.
 
         Raises:
             UserError: the key is taken or has a dot.
@@ -110,7 +137,7 @@ class ShardWriter:
         row |= {f"latent_{name}": size for name, size in bucket.latent_shape._asdict().items()}
         for payload, content in payloads.items():
             row |= {f"{payload}_offset": offsets[payload], f"{payload}_size": len(content)}
-        row |= {"llm_tokens": llm_tokens, "checksum": crc32(payloads.values())}
+        row |= {"llm_tokens": llm_tokens, "checksum": crc32(payloads.values()), **further}
         self._rows[key] = row
 
     def _check_key(self, key: str) -> None:
@@ -122,9 +149,10 @@ class ShardWriter:
     def _check(self, sample: ShardSample, bucket: Bucket) -> None:
         self._check_key(sample.key)
         check_fits(f"sample {sample.key}", bucket, sample.moments)
-        if sample.llm.ndim != 2 or sample.clip.ndim != 2 or not len(sample.llm):
-            shapes = f"llm {list(sample.llm.shape)}, clip {list(sample.clip.shape)}"
-            raise UserError(f"sample {sample.key}: text states must be [tokens, width]; got {shapes}")
+        for llm, clip in ((sample.llm, sample.clip), *sample.captions.values()):
+            if llm.ndim != 2 or clip.ndim != 2 or not len(llm):
+                shapes = f"llm {list(llm.shape)}, clip {list(clip.shape)}"
+                raise UserError(f"sample {sample.key}: text states must be [tokens, width]; got {shapes}")
 
     def _end_tar(self, complete: bool) -> str | None:
         try:
@@ -144,52 +172,79 @@ class ShardWriter:
 class ShardDataset:
     """Samples by number, read by position; no tar is walked. Safe in worker processes and after a fork."""
 
-    def __init__(self, folder: str | Path, verify: bool = True) -> None:
+    def __init__(self, folder: str | Path, verify: bool = True, read_attempts: int = 1) -> None:
         """Open a finished folder of shards.
 
         Args:
             folder: what `megatron-video data encode` wrote.
             verify: check each sample's checksum when it is read.
+            read_attempts: how often a sample is read before it counts as damaged.
 
         Raises:
             UserError: no shards there, unfinished, of a newer schema, or an index that does not fit its buckets.
         """
-        self.folder, self.verify = Path(folder), verify
-        self.dataset_info = read_info(self.folder)
-        self.index = read_index(self.folder)
-        # Plain arrays: an element of an Arrow column costs microseconds, an element of an array almost nothing.
-        names = ["shard", "checksum", *(f"{p}_{what}" for p in PAYLOADS for what in ("offset", "size"))]
-        self._columns = {name: self.index[name].to_numpy() for name in names}
+        self.folder, self.verify, self.read_attempts = Path(folder), verify, read_attempts
+        self.rows = open_index(self.folder)
         self._files: OrderedDict[str, int] = OrderedDict()
         self._null_text: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @cached_property
+    def index(self) -> pa.Table:
+        """index.parquet as a table in memory, for tools that look at all of it; training does not."""
+        return read_index(self.folder)
+
+    @cached_property
+    def dataset_info(self) -> DatasetInfo:
+        """dataset_info.json with all its shards; `rows.info` has the rest of it without reading the file."""
+        return read_info(self.folder)
+
     def __len__(self) -> int:
-        return self.index.num_rows
+        return len(self.rows)
 
     def __getitem__(self, number: int) -> ShardSample:
         """Read a sample.
 
         Raises:
-            UserError: the shard is missing, ends early, or its bytes changed; names the file and the key.
+            DamagedSampleError: the shard is missing, ends early, or its bytes changed; names the file and the key.
         """
-        payloads = self.payloads(number)
-        key, where = self.index["key"][number].as_py(), self._where(number)
-        sample = decode_sample(key, payloads, where)
-        check_fits(where, parse_bucket(self.index["bucket"][number].as_py()), sample.moments, self.dataset_info)
+        row = self._row(number)
+        sample = decode_sample(row.key, self._payloads(row), self._where(row))
+        check_fits(self._where(row), parse_bucket(row.bucket), sample.moments, self.rows.info)
         return sample
 
     def payloads(self, number: int) -> dict[str, bytes]:
         """The three payloads of a sample as they are stored, in the order of `PAYLOADS`; raises as `[number]` does."""
+        return self._payloads(self._row(number))
+
+    def where(self, number: int) -> str:
+        """File and key of a sample."""
+        return self._where(self._row(number))
+
+    def _row(self, number: int) -> IndexRow:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        shard, where = str(self._columns["shard"][number]), self._where(number)
-        payloads = {payload: self._read(number, shard, payload, where) for payload in PAYLOADS}
-        if self.verify and crc32(payloads.values()) != self._columns["checksum"][number]:
-            raise UserError(f"{where}: checksum differs from the index: the file is damaged; encode this shard again")
-        return payloads
+        return self.rows.row(number)
 
-    def _where(self, number: int) -> str:
-        return f"{self.folder / str(self._columns['shard'][number])}: sample {self.index['key'][number].as_py()}"
+    def _where(self, row: IndexRow) -> str:
+        return f"{self.folder / row.shard}: sample {row.key}"
+
+    def _payloads(self, row: IndexRow) -> dict[str, bytes]:
+        for pause in _PAUSES[: self.read_attempts - 1]:
+            try:
+                return self._read_once(row)
+            except DamagedSampleError:
+                # A hiccup of the network ends, and another descriptor may see another server.
+                self._forget(row.shard)
+                time.sleep(pause)
+        return self._read_once(row)
+
+    def _read_once(self, row: IndexRow) -> dict[str, bytes]:
+        payloads = {payload: self._read(row, payload) for payload in PAYLOADS}
+        if self.verify and crc32(payloads.values()) != row.checksum:
+            raise DamagedSampleError(
+                f"{self._where(row)}: checksum differs from the index: the file is damaged; encode this shard again"
+            )
+        return payloads
 
     @property
     def null_text(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,27 +261,31 @@ class ShardDataset:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
-    def _read(self, number: int, shard: str, payload: str, where: str) -> bytes:
-        size, offset = int(self._columns[f"{payload}_size"][number]), int(self._columns[f"{payload}_offset"][number])
-        # pread has no file position, so threads and forked workers can share the descriptor.
-        content = os.pread(self._descriptor(shard), size, offset)
+    def _read(self, row: IndexRow, payload: str) -> bytes:
+        offset, size = row.places[payload]
+        try:
+            # pread has no file position, so threads and forked workers can share the descriptor.
+            content = os.pread(self._descriptor(row.shard), size, offset)
+        except OSError as error:
+            raise DamagedSampleError(f"{self._where(row)}: cannot be read: {error.strerror}") from None
         if len(content) != size:
-            raise UserError(f"{where}: the file ends early; encode this shard again")
+            raise DamagedSampleError(f"{self._where(row)}: the file ends early; encode this shard again")
         return content
 
     def _descriptor(self, shard: str) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        try:
-            descriptor = os.open(self.folder / shard, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{self.folder / shard}: cannot be opened: {error.strerror}") from None
+        descriptor = os.open(self.folder / shard, os.O_RDONLY)
         self._files[shard] = descriptor
         # Thousands of shards would run into the limit of open files.
         if len(self._files) > _OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+    def _forget(self, shard: str) -> None:
+        if shard in self._files:
+            os.close(self._files.pop(shard))
 
 
 def copy_shard(dataset: ShardDataset, record: Mapping[str, Any], folder: Path, name: str, link: bool) -> None:
@@ -272,79 +331,56 @@ def finish_dataset(folder: str | Path, info: DatasetInfo) -> DatasetInfo:
     """
     folder = Path(folder)
     parts = sorted((folder / PARTS_FOLDER).glob("*.index.parquet"))
-    tables = [pq.read_table(part) for part in parts]
-    index = pa.concat_tables([table.replace_schema_metadata() for table in tables] or [INDEX_SCHEMA.empty_table()])
-    # Within a shard the writer has seen to it; here are all of them.
-    refuse_duplicates(index)
-    _write_parquet(index, folder / INDEX_FILE)
+    records: list[dict[str, Any]] = []
+    buckets: Counter[str] = Counter()
+    with appearing(folder / INDEX_FILE) as temporary:
+        _join(parts, temporary, records, buckets)
     values = asdict(info) | {
-        "samples": index.num_rows,
-        "buckets": dict(sorted(Counter(index["bucket"].to_pylist()).items())),
-        "shards": [json.loads(table.schema.metadata[b"shard"]) for table in tables],
+        "samples": sum(buckets.values()),
+        "buckets": dict(sorted(buckets.items())),
+        "shards": records,
         "files": {name: file_sha256(folder / name) for name in (INDEX_FILE, NULL_TEXT_FILE)},
     }
     write_atomically(folder / INFO_FILE, json.dumps(values, indent=1).encode())
+    try:
+        build_index(folder)
+    except UserError:
+        # A folder with wrong rows must not look finished.
+        (folder / INFO_FILE).unlink()
+        raise
     return DatasetInfo(**values)
 
 
-def read_info(folder: Path) -> DatasetInfo:
-    """Read dataset_info.json.
-
-    Raises:
-        UserError: no folder, unfinished, unreadable, or of a newer schema.
-    """
-    path = folder / INFO_FILE
-    if not path.is_file():
-        unfinished = any(folder.glob("*.tar"))
-        hint = "encode did not finish; run it again" if unfinished else "`megatron-video data encode` writes shards"
-        raise UserError(f"{folder}: no finished shards here ({INFO_FILE} is missing): {hint}")
-    try:
-        values = json.loads(path.read_text())
-        version = int(values["schema_version"])
-        if version > SHARD_SCHEMA_VERSION:
-            raise UserError(f"{path}: shard schema {version}, this program knows up to {SHARD_SCHEMA_VERSION}")
-        return DatasetInfo(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
+def _join(parts: Sequence[Path], target: Path, records: list[dict[str, Any]], buckets: Counter[str]) -> None:
+    """Write the rows of all parts into one index; adds the shards' records and the samples of every bucket."""
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(target, INDEX_SCHEMA, compression="zstd") as writer:
+        for part in parts:
+            table = pq.read_table(part)
+            records.append(json.loads(table.schema.metadata[b"shard"]))
+            for row in pc.value_counts(table["bucket"]).to_pylist():
+                buckets[row["values"]] += row["counts"]
+            waiting.append(complete_index(table.replace_schema_metadata()))
+            # A row group a shard would make a large index slow to read.
+            if sum(map(len, waiting)) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        writer.write_table(pa.concat_tables([*waiting, INDEX_SCHEMA.empty_table()]))
 
 
 def read_index(folder: Path) -> pa.Table:
-    """Read index.parquet; its latent sizes must be those of its buckets, and its keys unique.
+    """Read index.parquet as a whole, with the columns of this version; `open_index` has checked its rows.
 
     Raises:
-        UserError: unreadable, wrong columns, a duplicate key, or a sample that does not fit its bucket.
+        UserError: unreadable, or wrong columns.
     """
     path = folder / INDEX_FILE
     try:
         index = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    if index.schema.names != INDEX_SCHEMA.names:
-        raise UserError(f"{path}: columns {index.schema.names} are not those of a shard index")
-    refuse_duplicates(index)
-    for name in pc.unique(index["bucket"]).to_pylist():
-        check_index_bucket(path, index.filter(pc.equal(index["bucket"], name)), parse_bucket(name))
-    return index
-
-
-def read_null_text(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(llm, clip) of the empty caption.
-
-    Raises:
-        UserError: missing or unreadable.
-    """
-    path = folder / NULL_TEXT_FILE
-    try:
-        tensors = load_tensors(path.read_bytes())
-        return tensors["llm"], tensors["clip"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def write_null_text(folder: Path, llm: torch.Tensor, clip: torch.Tensor) -> None:
-    """Store the states of the empty caption, [n, d_llm] and [L_clip, d_clip], as bf16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / NULL_TEXT_FILE, dump_tensors({"llm": to_stored(llm), "clip": to_stored(clip)}))
+    check_index_columns(path, index.schema.names)
+    return complete_index(index)
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
