@@ -20,6 +20,7 @@ from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.ema import EMA
 from training.events import EventLog, read_events
+from training.initial_state import take_initial_optimizer, take_initial_weights
 from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
 from training.startup import describe_changes, describe_run
@@ -51,10 +52,13 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
         fp8=config.fp8,
     )
     # Before the optimizer is built, whose fp32 copies are taken from the weights.
-    if found is None and config.run.initial_weights is not None:
-        checkpoint.load_model_weights(checkpoint.find_checkpoint(config.run.initial_weights), chunks)
+    if found is None:
+        take_initial_weights(config.run, chunks)
     model = wrap_data_parallel(chunks, config.parallel)
     optimizer = build_optimizer(model, config.optimizer, config.parallel)
+    # Before the averages start from the weights.
+    if found is None:
+        take_initial_optimizer(config.run, model, optimizer)
     ema = None if config.ema.decay is None else EMA(optimizer, config.ema.decay)
     state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
     telemetry = start_telemetry(config, state.step)

@@ -38,6 +38,25 @@ class RunConfig:
     initial_weights: str | None = None
     """Run or checkpoint folder whose model weights a new run starts from (optimizer and data position start anew);
     ignored when the run continues from a checkpoint of its own. Null: random initial weights."""
+    initial_from_ema: bool = False
+    """Take the averaged weights of that checkpoint instead of the trained ones."""
+    initial_optimizer: bool = False
+    """Take the optimizer's moments and count of updates along with the weights; the learning rate starts anew."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be taken.
+
+        Raises:
+            ValueError: naming the fields.
+        """
+        asked = [name for name in ("initial_from_ema", "initial_optimizer") if getattr(self, name)]
+        if asked and self.initial_weights is None:
+            raise ValueError(f"{asked[0]}=true needs initial_weights, the run or checkpoint to take it from")
+        if len(asked) == 2:
+            raise ValueError(
+                "initial_from_ema=true and initial_optimizer=true: the moments belong to the trained weights, not to "
+                "their averages; choose one"
+            )
 
 
 @config_dataclass

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_video.config_io import config_to_dict
 from training.checkpoint import TrainState, read_config
-from training.config import PretrainConfig
+from training.config import PretrainConfig, RunConfig
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.optimizer import describe_adam
@@ -39,14 +39,20 @@ def describe_run(
 def describe_changes(config: PretrainConfig, checkpoint: Path | None, state: TrainState) -> Iterator[str]:
     """Lines about where the run starts, and what was changed in the configuration since."""
     if checkpoint is None:
-        source = config.run.initial_weights
-        yield f"new run: weights from {source}" if source else "new run: weights initialised at random"
+        yield _origin(config.run)
         return
     yield f"continuing from {checkpoint}: step {state.step}, {sum(state.consumed_samples.values()):,} samples consumed"
     before, now = _flatten(read_config(checkpoint)), _flatten(config_to_dict(config))
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             yield f"  changed since that checkpoint: {name}: {before.get(name)} -> {now.get(name)}"
+
+
+def _origin(run: RunConfig) -> str:
+    if run.initial_weights is None:
+        return "new run: weights initialised at random"
+    what = "averaged weights" if run.initial_from_ema else "weights"
+    return f"new run: {what}{' and optimizer' if run.initial_optimizer else ''} from {run.initial_weights}"
 
 
 def count_parameters(model: list[DistributedDataParallel]) -> int:
