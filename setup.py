@@ -47,7 +47,7 @@ EXTRAS = {
         "onnxruntime>=1.20,<2",
         "matplotlib>=3.9,<4",
         "faiss-cpu>=1.10,<2",
-        "ray[data]>=2.60,<3",
+        "ray[data]>=2.60,<2.64",
     ],
     "dev": [
         "deepspeed>=0.19,<0.20",

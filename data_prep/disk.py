@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_video.errors import UserError
 
 # errno -> what a user calls it
-_FULL = {
+FULL_DISK = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the limit on the size of a file is reached",
@@ -28,7 +28,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _FULL.get(error.errno or 0)
+        reason = FULL_DISK.get(error.errno or 0)
         if reason is None:
             raise
         free = shutil.disk_usage(folder).free / 1e6

@@ -8,6 +8,7 @@ clips it finds fault with and how many it was the first to drop; --report adds i
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from data_prep.parts import output_lock
 from data_prep.stage import (
     FINGERPRINT_KEY,
     StageReport,
+    check_folder,
     check_output,
     fingerprint_of,
     finished_fingerprint,
@@ -40,9 +42,9 @@ DEFAULT_RULES = Path(__file__).with_name("filter_demo.yaml")
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, workers=False)
+    parser = stage_parser(STAGE, __doc__, workers=False, check=_checked_rules)
     parser.add_argument(
-        "--rules", type=Path, default=DEFAULT_RULES, help=f"YAML of thresholds (default {DEFAULT_RULES})"
+        "--rules", type=Path, default=DEFAULT_RULES, help=f"YAML of thresholds (default: {DEFAULT_RULES.name})"
     )
     parser.add_argument("--subset", metavar="NAME", help="clips outside it are dropped (default: the widest subset)")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write table and plots of what was removed")
@@ -81,6 +83,8 @@ def run(
     """
     started = time.monotonic()
     check_output(manifest_in, manifest_out)
+    if report_folder:
+        check_folder(report_folder, "--report")
     config = load_rules(rules)
     steps, cut = steps_of(config), chosen_level(config, subset)
     tally = Tally(steps, [entry.name for entry in config.subsets])
@@ -95,6 +99,10 @@ def run(
     if report_folder and histograms:
         write_report(report_folder, tally, histograms)
     return report
+
+
+def _checked_rules(arguments: argparse.Namespace) -> None:
+    chosen_level(load_rules(arguments.rules), arguments.subset)
 
 
 def _write(

@@ -71,7 +71,6 @@ def write_report(folder: Path, tally: Tally, histograms: Histograms) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / TABLE_FILE, tally)
     try:
         from matplotlib.figure import Figure

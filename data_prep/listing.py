@@ -64,6 +64,11 @@ def find_entries(source: Path) -> tuple[list[Entry], list[Path]]:
         raise UserError(f"--in {source}: no such folder, listing or tar")
     if is_tar(source.name):
         return [], [source.absolute()]
+    if source.suffix.lower() in MEDIA_SUFFIXES:
+        raise UserError(
+            f"--in {source} is a single video or image; give its folder, a tar, or a listing ("
+            f"{', '.join(LISTING_SUFFIXES)}) that names it"
+        )
     return _sorted_once(_entries_of_listing(source)), []
 
 

@@ -7,6 +7,7 @@ be looked at, and only a person can say that it is gone.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data_prep.disk import FULL_DISK
 from data_prep.workers import Shard
 from megatron_video.errors import UserError
 
@@ -44,8 +46,8 @@ def run_lock(path: Path, output: str | Path) -> Iterator[None]:
 
     Raises:
         LockedError: another run holds it; names the holder and the way out.
+        UserError: nothing can be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = _acquire(path, output)
     try:
         yield
@@ -89,7 +91,7 @@ def holder_of(path: Path) -> Holder | None:
 
 def _acquire(path: Path, output: str | Path) -> int:
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = _open(path, output)
         locked = _try_flock(lock)
         holder = _read(lock)
         if not locked or _elsewhere(holder):
@@ -102,6 +104,18 @@ def _acquire(path: Path, output: str | Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps(asdict(_self())).encode(), 0)
     return lock
+
+
+def _open(path: Path, output: str | Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        # A file in place of a folder is told as "File exists".
+        reason = "it is no folder" if error.errno in (errno.EEXIST, errno.ENOTDIR) else error.strerror
+        raise UserError(f"--out {output}: {path.parent} cannot be written: {reason}; name another") from None
 
 
 def _refusal(path: Path, output: str | Path, holder: Holder) -> str:

@@ -23,8 +23,8 @@ from data_prep.stage import StageReport, check_output, fingerprint_of, run_parts
 from data_prep.tag import STAGE, tag_clip
 from data_prep.workers import Execution
 from megatron_video.config_io import config_to_dict
+from megatron_video.files import file_sha256
 from megatron_video.manifest import Row, dropped, read_manifest
-from megatron_video.shard_schema import file_sha256
 from megatron_video.video_io import VideoError
 
 _DECODE_THREADS = 4

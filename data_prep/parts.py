@@ -132,10 +132,9 @@ def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None
 
     Raises:
         LockedError: another run holds it, or, for the whole, a share of it.
-        UserError: the disk is full.
+        UserError: the folder cannot be written, or the disk is full.
     """
     folder = manifest_out.parent
-    folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder), share_lock(manifest_out.with_name(f".{manifest_out.name}.lock"), manifest_out, shard):
         if shard is None:
             for leftover in folder.glob(f".{manifest_out.name}.*.tmp"):

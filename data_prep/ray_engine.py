@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -59,9 +60,16 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item], workers: 
     task = _Task(function, ray.put(items))
     blocks = max(min(len(items), 4 * workers), -(-len(items) // _BLOCK_ITEMS))
     numbers = ray.data.range(len(items), override_num_blocks=blocks)
-    outcomes = numbers.map_batches(
-        task.__call__, batch_size=None, batch_format="numpy", concurrency=workers, max_retries=_RETRIES
-    )
+    with warnings.catch_warnings():
+        # `max_retries` goes with Ray 2.64, and has no successor yet; setup.py asks for an older one.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
+        outcomes = numbers.map_batches(
+            task.__call__,
+            batch_size=None,
+            batch_format="numpy",
+            compute=ray.data.TaskPoolStrategy(workers),
+            max_retries=_RETRIES,
+        )
     for pickled in _rows(ray, outcomes):
         good, value = pickle.loads(pickled)
         if not good:
@@ -99,5 +107,7 @@ def _started_ray(workers: int) -> Any:
             raise UserError(f"--engine ray: no Ray cluster at RAY_ADDRESS={cluster}: {error}") from None
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    # The stage has a progress line of its own.
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray

@@ -15,6 +15,7 @@ in a recipe are relative to it; `{work}` stands for the work folder.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import json
@@ -44,20 +45,32 @@ class Recipe:
     """What the first stage reads; --in goes before it."""
     work: str | None = None
     """Folder for what the stages make; --work goes before it."""
-    stages: list[str | dict[str, Options | None]]
+    stages: list[Any]
     """Name of a stage, or one name with its options, in order."""
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages: at least one is needed")
-        wrong = [entry for entry in self.stages if isinstance(entry, dict) and len(entry) != 1]
-        if wrong:
-            raise ValueError(f"stages: each entry is one stage with its options, not {wrong[0]!r}")
+        for number, entry in enumerate(self.stages, start=1):
+            if not _is_entry(entry):
+                raise ValueError(
+                    f"stages: entry {number} is the name of a stage, or one name with its options such as "
+                    f"`segment: {{min_frames: 17}}`, not {entry!r}"
+                )
 
     def steps(self) -> list[tuple[str, Options]]:
         """Stages with their options."""
         pairs = [(entry, None) if isinstance(entry, str) else next(iter(entry.items())) for entry in self.stages]
         return [(name, dict(options or {})) for name, options in pairs]
+
+
+def _is_entry(entry: Any) -> bool:
+    if isinstance(entry, str):
+        return True
+    if not isinstance(entry, dict) or len(entry) != 1:
+        return False
+    ((name, options),) = entry.items()
+    return isinstance(name, str) and (options is None or isinstance(options, dict))
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ def _step(
 ) -> Step:
     known = [name for name in STAGES if name not in _NO_STAGES]
     if stage not in known:
-        raise UserError(f"no such stage; stages: {', '.join(known)}")
+        raise UserError(f"no such stage{_nearest(stage, known)}; stages: {', '.join(known)}")
     name = f"{number}-{stage}"
     main = _main_of(stage)
     parser = checked_parser(main, None)
@@ -190,7 +203,7 @@ def _argument(key: str, value: Any, actions: Mapping[str, argparse.Action], work
     action = actions.get(option)
     if action is None or option in ("--in", "--out", "--json", "--help"):
         own = sorted(name[2:].replace("-", "_") for name in set(actions) - {"--in", "--out", "--json", "--help", "-h"})
-        raise UserError(f"unknown option {key!r}; it has: {', '.join(own)}")
+        raise UserError(f"unknown option {key!r}{_nearest(key, own)}; it has: {', '.join(own)}")
     if value is None or value is False:
         return []
     if action.nargs == 0:
@@ -210,8 +223,13 @@ def _text(key: str, value: Any, action: argparse.Action, work: Path, base: Path)
     return str(base / text) if action.type is Path else text
 
 
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
 def _option(key: str) -> str:
-    return "--" + key.replace("_", "-")
+    return "--" + str(key).replace("_", "-")
 
 
 def _chosen(steps: Sequence[Step], name: str, option: str) -> Step:

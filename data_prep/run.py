@@ -16,10 +16,11 @@ from pathlib import Path
 
 from data_prep import filter as filter_stage
 from data_prep import ingest, segment, tag
+from data_prep.filter_rules import load_rules
 from data_prep.recipe import Run, exit_code, run_recipe
 from data_prep.run_report import REPORT_MARKDOWN, StageRun, stage_table
 from data_prep.stage import StageReport
-from data_prep.workers import default_workers
+from data_prep.workers import Execution, default_workers
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 
@@ -30,14 +31,17 @@ def main(argv: Sequence[str]) -> int:
     """Command line of the whole chain."""
     arguments = _parser().parse_args(argv)
     if arguments.recipe:
+        if arguments.min_frames is not None or arguments.rules:
+            raise UserError("--min-frames and --rules stand in the recipe, as options of segment and filter")
         return _recipe(arguments)
     missing = [name for name, value in (("--in", arguments.source), ("--work", arguments.work)) if value is None]
     if missing:
         raise UserError(f"data run without --recipe needs {' and '.join(missing)}")
     if arguments.only or arguments.until or arguments.shard or arguments.engine:
         raise UserError("--only, --until, --shard and --engine need --recipe")
-    workers = arguments.workers or default_workers()
-    reports = run(arguments.source, arguments.work, arguments.min_frames, arguments.rules, workers)
+    min_frames = segment.MIN_FRAMES if arguments.min_frames is None else arguments.min_frames
+    workers = Execution(default_workers() if arguments.workers is None else arguments.workers)
+    reports = run(arguments.source, arguments.work, min_frames, arguments.rules or filter_stage.DEFAULT_RULES, workers)
     if arguments.json:
         print(json.dumps([asdict(report) for report in reports], ensure_ascii=False))
     else:
@@ -50,14 +54,17 @@ def run(
     work: Path,
     min_frames: int = segment.MIN_FRAMES,
     rules: Path = filter_stage.DEFAULT_RULES,
-    workers: int = 1,
+    workers: int | Execution = 1,
 ) -> list[StageReport]:
     """Reports of the four stages; the result is `work`/filtered.parquet."""
+    # Before the first stage, not after hours.
+    settings = segment.SegmentSettings(min_frames)
+    load_rules(rules)
     names = ("ingested.parquet", "segmented.parquet", "tagged.parquet", RESULT)
     ingested, segmented, tagged, filtered = (work / name for name in names)
     return [
         ingest.run(source, ingested, workers),
-        segment.run(ingested, segmented, min_frames, workers=workers),
+        segment.run(ingested, segmented, workers, settings),
         tag.run(segmented, tagged, workers),
         filter_stage.run(tagged, filtered, rules),
     ]
@@ -74,7 +81,7 @@ def _print_table(reports: Sequence[StageReport]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-video data run", description=__doc__)
-    parser.add_argument("--in", dest="source", type=Path, metavar="FOLDER_OR_LISTING", help="before the recipe's own")
+    parser.add_argument("--in", dest="source", type=Path, metavar="FOLDER_OR_LISTING_OR_TAR", help="what to read")
     parser.add_argument("--work", type=Path, help="folder for what the stages make")
     parser.add_argument("--workers", type=int, help="processes (default: all CPUs)")
     parser.add_argument("--json", action="store_true", help="print the reports as one JSON list")
@@ -84,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--only", metavar="STAGE", help="run this stage of the recipe alone")
     recipe.add_argument("--until", metavar="STAGE", help="stop after this stage")
     recipe.add_argument("--shard", metavar="I/N", help="with --only: do part I (from 0) of N")
-    plain = parser.add_argument_group("without")
-    plain.add_argument("--min-frames", type=int, default=segment.MIN_FRAMES, help="shorter clips are dropped")
-    plain.add_argument("--rules", type=Path, default=filter_stage.DEFAULT_RULES, help="YAML of filter thresholds")
+    plain = parser.add_argument_group("without --recipe")
+    plain.add_argument("--min-frames", type=int, help=f"shorter clips are dropped (default: {segment.MIN_FRAMES})")
+    plain.add_argument(
+        "--rules", type=Path, help=f"YAML of filter thresholds (default: {filter_stage.DEFAULT_RULES.name})"
+    )
     return parser
 
 

@@ -8,7 +8,9 @@ re-encoded unless --reencode says where to. Reading every frame also finds files
 
 from __future__ import annotations
 
+import argparse
 import functools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import numpy as np
 
 from data_prep.reencode import reencoded
 from data_prep.scenes import Scene, find_scenes, split_evenly
-from data_prep.stage import StageReport, execution_of, print_report, run_rows, stage_parser
+from data_prep.stage import StageReport, check_folder, execution_of, print_report, run_rows, stage_parser
 from data_prep.workers import Execution
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
@@ -44,15 +46,16 @@ class SegmentSettings:
     """Longer scenes are split evenly; None = never."""
     fades: bool = True
     """A fade to black ends a scene."""
-    reencode: str | None = None
+    reencode: Path | None = None
     """Folder for a file of each clip's own; None = clips are spans."""
 
     def __post_init__(self) -> None:
-        if self.min_frames < 1 or self.drop_edge_frames < 0 or self.min_seconds < 0:
-            raise UserError(
-                f"--min-frames {self.min_frames} must be at least 1, --drop-edge-frames {self.drop_edge_frames} and "
-                f"--min-seconds {self.min_seconds} at least 0"
-            )
+        if self.min_frames < 1:
+            raise UserError(f"--min-frames {self.min_frames} must be at least 1")
+        if self.drop_edge_frames < 0:
+            raise UserError(f"--drop-edge-frames {self.drop_edge_frames} must be at least 0")
+        if not 0 <= self.min_seconds < math.inf:
+            raise UserError(f"--min-seconds {self.min_seconds} must be at least 0, and finite")
         if self.max_seconds is not None and not self.max_seconds > max(self.min_seconds, 0):
             raise UserError(
                 f"--max-seconds {self.max_seconds} must be above --min-seconds {self.min_seconds}; "
@@ -62,27 +65,22 @@ class SegmentSettings:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, spread=True)
-    parser.add_argument("--min-frames", type=int, default=MIN_FRAMES, help="shorter clips are dropped")
+    parser = stage_parser(STAGE, __doc__, spread=True, check=_settings)
     parser.add_argument(
-        "--drop-edge-frames", type=int, default=DROP_EDGE_FRAMES, help="frames dropped at both ends of every scene"
+        "--min-frames", type=int, default=MIN_FRAMES, help="shorter clips are dropped (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drop-edge-frames",
+        type=int,
+        default=DROP_EDGE_FRAMES,
+        help="frames dropped at both ends of every scene (default: %(default)s)",
     )
     parser.add_argument("--min-seconds", type=float, default=0.0, help="shorter clips are dropped (default: 0)")
     parser.add_argument("--max-seconds", type=float, help="longer scenes are split evenly (default: never)")
     parser.add_argument("--no-fades", action="store_true", help="look for hard cuts only")
     parser.add_argument("--reencode", type=Path, metavar="FOLDER", help="write each clip as an H.264 file there")
     arguments = parser.parse_args(argv)
-    report = run(
-        arguments.source,
-        arguments.out,
-        arguments.min_frames,
-        arguments.drop_edge_frames,
-        workers=execution_of(arguments),
-        min_seconds=arguments.min_seconds,
-        max_seconds=arguments.max_seconds,
-        fades=not arguments.no_fades,
-        reencode=arguments.reencode,
-    )
+    report = run(arguments.source, arguments.out, execution_of(arguments), _settings(arguments))
     print_report(report, arguments.json)
     return 0
 
@@ -90,28 +88,33 @@ def main(argv: Sequence[str]) -> int:
 def run(
     manifest_in: Path,
     manifest_out: Path,
-    min_frames: int = MIN_FRAMES,
-    drop_edge_frames: int = DROP_EDGE_FRAMES,
     workers: int | Execution = 1,
-    *,
-    min_seconds: float = 0.0,
-    max_seconds: float | None = None,
-    fades: bool = True,
-    reencode: Path | None = None,
+    settings: SegmentSettings = SegmentSettings(),
 ) -> StageReport:
     """One row a clip; a video gives as many as it has scenes, or pieces of them. Images pass.
 
     Raises:
-        UserError: settings that contradict each other, or the folder for re-encoded clips cannot be written.
+        UserError: the folder for re-encoded clips cannot be written.
     """
-    folder = None if reencode is None else str(reencode.absolute())
-    settings = SegmentSettings(min_frames, drop_edge_frames, min_seconds, max_seconds, fades, folder)
+    if settings.reencode:
+        check_folder(settings.reencode, "--reencode")
     process = functools.partial(_segment_row, settings=settings)
     try:
         return run_rows(STAGE, manifest_in, manifest_out, process, asdict(settings), workers)
     except OSError as error:
         # Unreadable sources are dropped rows and do not come here.
-        raise UserError(f"{manifest_out.parent} or --reencode {folder}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or manifest_out.parent}: {error.strerror or error}") from error
+
+
+def _settings(arguments: argparse.Namespace) -> SegmentSettings:
+    return SegmentSettings(
+        arguments.min_frames,
+        arguments.drop_edge_frames,
+        arguments.min_seconds,
+        arguments.max_seconds,
+        not arguments.no_fades,
+        arguments.reencode.absolute() if arguments.reencode else None,
+    )
 
 
 def _segment_row(row: Row, settings: SegmentSettings) -> list[Row]:
@@ -123,7 +126,7 @@ def _segment_row(row: Row, settings: SegmentSettings) -> list[Row]:
     clips = (clip for scene in scenes for clip in _clips_of_scene(row, scene, times, settings))
     if settings.reencode is None:
         return list(clips)
-    return [clip if clip["dropped_by"] else reencoded(clip, Path(settings.reencode)) for clip in clips]
+    return [clip if clip["dropped_by"] else reencoded(clip, settings.reencode) for clip in clips]
 
 
 def _clips_of_scene(row: Row, scene: Scene, times: np.ndarray, settings: SegmentSettings) -> Iterator[Row]:

@@ -8,6 +8,7 @@ carries the fingerprint of what made it, so running the same stage again does no
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import json
@@ -190,6 +191,8 @@ def finished_fingerprint(manifest: Path) -> str | None:
     """
     if not manifest.exists():
         return None
+    if manifest.is_dir():
+        raise UserError(f"--out {manifest} is a folder; name the file, such as {manifest / 'manifest.parquet'}")
     try:
         metadata = read_schema(manifest).metadata or {}
     except UserError as error:
@@ -251,12 +254,16 @@ def stage_parser(
     output: str = "MANIFEST",
     workers: bool = True,
     spread: bool = False,
+    check: Callable[[argparse.Namespace], object] | None = None,
 ) -> argparse.ArgumentParser:
     """The arguments that all stages have: --in, --out, --json, and --workers where rows are mapped.
 
     With `spread` come --engine and --shard, which `execution_of` reads, for stages that work through `run_parts`.
+    `check` raises a UserError where options contradict each other or name what is not there; a recipe calls it before
+    its first stage runs.
     """
     parser = StageParser(prog=f"megatron-video data {stage}", description=description)
+    parser.checks = [*([execution_of] if spread else []), *([check] if check else [])]
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar=source, help="what to read")
     parser.add_argument("--out", type=Path, required=True, metavar=output, help="what to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -264,7 +271,7 @@ def stage_parser(
         parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: all CPUs)")
     if spread:
         parser.add_argument("--engine", choices=["local", "ray"], default="local", help="local processes or Ray Data")
-        parser.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; the last one joins them")
+        parser.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; the last to end joins them")
     return parser
 
 
@@ -277,11 +284,14 @@ class StageParser(argparse.ArgumentParser):
 
     check: ContextVar[bool | None] = ContextVar("check", default=None)
     """None: parse; False: only show the parser; True: parse and show it."""
+    checks: Sequence[Callable[[argparse.Namespace], object]] = ()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self.check.get() is False:
             raise _Parsed(self)
         parsed = super().parse_args(args, namespace)
+        for check in self.checks:
+            check(parsed)
         if self.check.get():
             raise _Parsed(self)
         return parsed
@@ -298,7 +308,7 @@ def checked_parser(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | N
     So a recipe knows the options of every stage, and finds a wrong one before the first stage runs.
 
     Raises:
-        UserError: what argparse complains about.
+        UserError: what argparse or the stage's own check complains about.
     """
     token = StageParser.check.set(argv is not None)
     try:
@@ -319,6 +329,19 @@ def execution_of(arguments: argparse.Namespace) -> Execution:
     """
     shard = Shard.parse(arguments.shard) if arguments.shard else None
     return Execution(arguments.workers, arguments.engine, shard)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Before hours of work: a folder that is to be written can be.
+
+    Raises:
+        UserError: it is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if error.errno == errno.EEXIST else error.strerror
+        raise UserError(f"{option} {folder} cannot be made a folder: {reason}; name another") from None
 
 
 def lost_row(stage: str, row: Row) -> list[Row]:

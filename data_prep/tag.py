@@ -7,6 +7,7 @@ but the borders are measured inside the box. With --models also what networks sa
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ _FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "po
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, spread=True)
+    parser = stage_parser(STAGE, __doc__, spread=True, check=_check_models)
     parser.add_argument("--models", type=Path, metavar="YAML", help="local weights of the model tags")
     arguments = parser.parse_args(argv)
     report = run(arguments.source, arguments.out, execution_of(arguments), arguments.models)
@@ -54,6 +55,13 @@ def run(manifest_in: Path, manifest_out: Path, workers: int | Execution = 1, mod
     from data_prep.model_tagging import run_with_models
 
     return run_with_models(manifest_in, manifest_out, workers, models)
+
+
+def _check_models(arguments: argparse.Namespace) -> None:
+    if arguments.models:
+        from data_prep.model_tags import check_files, load_models_config
+
+        check_files(load_models_config(arguments.models))
 
 
 def sampled_frames(start: int, end: int, count: int = NUM_FRAMES) -> list[int]:

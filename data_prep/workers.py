@@ -10,8 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Literal, TypeVar
 
 from tqdm import tqdm
@@ -71,11 +74,17 @@ class Execution:
     engine: Engine = "local"
     shard: Shard | None = None
     """Do only this part; whoever finds all parts there joins them."""
+    in_process: bool = False
+    """Work in the calling process: starts at once, but a clip that crashes its decoder takes the stage with it."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers} must be at least 1")
 
 
 def as_execution(workers: int | Execution) -> Execution:
-    """A plain number means that many local processes."""
-    return workers if isinstance(workers, Execution) else Execution(workers)
+    """A plain number means that many local processes; 1 is the calling process itself."""
+    return workers if isinstance(workers, Execution) else Execution(workers, in_process=workers == 1)
 
 
 def default_workers() -> int:
@@ -89,7 +98,7 @@ def parallel_map(
     workers: int | Execution,
     lost: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
-    """Yield `function(item)` in order. With one local worker everything runs in this process.
+    """Yield `function(item)` in order.
 
     Workers are spawned, not forked: libav, OpenCV and Arrow keep threads that do not survive a fork. When a local one
     is killed, what was under way is done again, one item at a time; an item that kills its process again gives
@@ -99,16 +108,14 @@ def parallel_map(
         UserError: an item killed its process twice and there is no `lost`, or Ray is asked for and not installed.
     """
     execution = as_execution(workers)
-    if execution.workers < 1:
-        raise UserError(f"--workers {execution.workers} must be at least 1")
     if execution.engine == "ray":
         # Imported only where it is wanted: Ray is an extra.
         from data_prep.ray_engine import ray_map
 
         yield from ray_map(function, items, execution.workers)
-    elif execution.workers == 1 or len(items) < 2:
+    elif execution.in_process:
         yield from map(function, items)
-    else:
+    elif len(items):
         yield from _process_map(function, items, min(execution.workers, len(items)), lost)
 
 
@@ -135,18 +142,14 @@ def _through_pool(
 ) -> Iterator[Result]:
     """Results in order; `under_way` holds the chunks that were taken and gave none yet."""
     with _pool(workers) as pool:
-        try:
-            running: deque[Future[list[Result]]] = deque()
-            for chunk in chunks:
-                under_way.append(chunk)
-                running.append(pool.submit(_map_chunk, function, chunk))
-                if len(running) >= _AHEAD * workers:
-                    yield from _first(running, under_way)
-            while running:
+        running: deque[Future[list[Result]]] = deque()
+        for chunk in chunks:
+            under_way.append(chunk)
+            running.append(pool.submit(_map_chunk, function, chunk))
+            if len(running) >= _AHEAD * workers:
                 yield from _first(running, under_way)
-        finally:
-            # On Ctrl-C what is queued is not worth waiting for.
-            pool.shutdown(wait=False, cancel_futures=True)
+        while running:
+            yield from _first(running, under_way)
 
 
 def _first(running: deque[Future[list[Result]]], under_way: deque[list[Item]]) -> list[Result]:
@@ -173,8 +176,20 @@ def _one_at_a_time(
         yield result
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet_worker)
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes that end with this block, and with this process if that is killed."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+    try:
+        yield pool
+    except BaseException:
+        # After Ctrl-C nobody wants to wait until the film that a process has in hand is through.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -204,11 +219,20 @@ def progress(items: Iterable[Item], total: int, title: str, unit: str = "clip") 
     print(f"{title}: {count}/{total} {unit}s in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def _quiet_worker() -> None:
-    # Ctrl-C goes to the whole process group; only the parent should speak. Libraries must not add threads per worker.
+def _start_worker() -> None:
     import signal
 
     import cv2
 
+    # Ctrl-C goes to the whole process group; only the parent should speak. Libraries must not add threads per worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot say so, and an idle worker would wait for its next message for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -81,7 +81,9 @@ def _find(source: str | Path, preset_dir: Path | None) -> Path:
     preset = preset_dir / f"{source}.yaml" if preset_dir else None
     if preset and preset.is_file():
         return preset
-    presets = sorted(p.stem for p in preset_dir.glob("*.yaml")) if preset_dir else []
+    if preset_dir is None:
+        raise UserError(f"{path}: no such file")
+    presets = sorted(p.stem for p in preset_dir.glob("*.yaml"))
     hint = f"; presets: {', '.join(presets)}" if presets else ""
     raise UserError(f"configuration {str(source)!r} is neither a file nor a preset{hint}")
 
@@ -120,6 +122,8 @@ def _explain(cls: type, detail: ErrorDetails) -> str:
     name = ".".join(location) or "configuration"
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _explain_unknown(cls, location)
+    if detail["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"field {name!r} is missing"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{name}: {message}" if location else message

@@ -205,6 +205,8 @@ def clip_id(content_hash: str, start_frame: int, end_frame: int) -> str:
 
 
 def _parquet(path: str | Path, read: Callable[[str | Path], Any]) -> Any:
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, no manifest; `megatron-video data ingest` makes one of it")
     try:
         return read(path)
     except FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,30 @@ def test_output_that_is_the_input_or_not_a_manifest_is_refused(
     assert data("tag", "--in", tmp_path / "1.parquet", "--out", tmp_path / "notes.txt") == 2
     assert "not a manifest" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ingest.run(clip_folder(tmp_path / "in", {"a": panned(1, 6)}), tmp_path / "1.parquet")
+    (tmp_path / "file").touch()
+    for command, complaint in (
+        (["tag", "--out", tmp_path / "file" / "2.parquet"], f"{tmp_path}/file cannot be written"),
+        (["tag", "--out", tmp_path], "is a folder; name the file"),
+        (["filter", "--out", tmp_path / "2.parquet", "--report", tmp_path / "file"], "--report .*/file cannot be made"),
+        (["run", "--work", tmp_path / "file"], f"{tmp_path}/file cannot be written"),
+    ):
+        assert data(*command, "--in", tmp_path / ("in" if command[0] == "run" else "1.parquet")) == 2
+        assert re.search(complaint, capsys.readouterr().err), command
+    assert not (tmp_path / "2.parquet").exists()
+
+
+def test_what_is_no_manifest_and_no_folder_of_media_is_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = clip_folder(tmp_path / "in", {"a": panned(1, 6)})
+    assert data("tag", "--in", folder, "--out", tmp_path / "2.parquet") == 2
+    assert "is a folder, no manifest; `megatron-video data ingest` makes one of it" in capsys.readouterr().err
+    assert data("ingest", "--in", folder / "a.mp4", "--out", tmp_path / "1.parquet") == 2
+    assert "a.mp4 is a single video or image; give its folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p.mkdir(), (p / "a.txt").touch())])

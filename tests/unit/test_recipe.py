@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,14 +90,24 @@ def test_a_second_run_does_nothing_and_keeps_what_the_first_took(
 @pytest.mark.parametrize(
     ("stages", "complaint"),
     [
-        ("- ingset:", "stage 1 (ingset): no such stage; stages: ingest, segment"),
+        ("- ingset:", "stage 1 (ingset): no such stage, did you mean 'ingest'?; stages: ingest, segment"),
         ("- run:", "no such stage"),
-        ("- ingest:\n- segment: {min_frame: 8}", "stage 2 (segment): unknown option 'min_frame'; it has: .*min_frames"),
+        (
+            "- ingest:\n- segment: {min_frame: 8}",
+            "stage 2 (segment): unknown option 'min_frame', did you mean 'min_frames'?",
+        ),
         ("- ingest:\n- segment: {min_frames: many}", "stage 2 (segment): argument --min-frames: invalid int"),
         ("- ingest:\n- segment: {min_frames: {a: 1}}", "must be a number, a text or a list"),
         ("- ingest: {uncaptioned: 3}", "uncaptioned=3 must be true or false"),
         ("- ingest: {out: elsewhere.parquet}", "unknown option 'out'"),
-        ("- {ingest: {}, tag: {}}", "each entry is one stage"),
+        ("- {ingest: {}, tag: {}}", "entry 1 is the name of a stage, or one name with its options"),
+        ("- ingest:\n- segment: [min_frames]", "entry 2 is the name of a stage, or one name with its options"),
+        # What the stages themselves would find, hours later.
+        ("- ingest:\n- segment: {max_seconds: -1}", "stage 2 (segment): --max-seconds -1.0 must be above"),
+        ("- ingest:\n- filter: {rules: gone.yaml}", "stage 2 (filter): .*gone.yaml: no such file"),
+        ("- ingest:\n- tag: {models: gone.yaml}", "stage 2 (tag): .*gone.yaml: no such file"),
+        ("- ingest: {workers: 0}", "stage 1 (ingest): --workers 0 must be at least 1"),
+        ("- ingest: {shard: 2/2}", "stage 1 (ingest): --shard 2/2"),
         ("- ingest:\n- encode: {buckets: 1x32x32}", "stage 2 (encode): the following arguments are required: --vae"),
         ("[]", "at least one is needed"),
     ],
@@ -143,6 +154,8 @@ def test_options_that_contradict_each_other_are_refused(
         (["--until", "encode"], "--until encode fits 0"),
         (["--only", "tag", "--until", "tag"], "exclude each other"),
         (["--only", "4-filter", "--shard", "0/2"], "--shard 0/2: 4-filter has no shards"),
+        (["--min-frames", "3"], "stand in the recipe"),
+        (["--rules", "rules.yaml"], "stand in the recipe"),
     ):
         assert run(recipe, raw, tmp_path / "work", *more) == 2
         assert complaint in capsys.readouterr().err
@@ -163,5 +176,9 @@ def test_two_runs_on_one_work_folder(
 
 @pytest.mark.parametrize("recipe_file", sorted((ROOT / "data_prep").glob("recipe_*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_right(recipe_file: Path, tmp_path: Path) -> None:
-    _, steps = plan(recipe_file, Run(source=tmp_path, work=tmp_path / "work"))
+    # As its head says: copied, with weights of one's own, here none.
+    shutil.copytree(recipe_file.parent, tmp_path / "mine", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (tmp_path / "mine" / "models").mkdir()
+    shutil.copy(recipe_file.with_name("tag_models.yaml"), tmp_path / "mine" / "models" / "tags.yaml")
+    _, steps = plan(tmp_path / "mine" / recipe_file.name, Run(source=tmp_path, work=tmp_path / "work"))
     assert steps[0].stage == "ingest"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from nasty_videos import CODECS, faded, numbered, numbers_of, scenes, write_vide
 
 from data_prep import ingest, segment
 from data_prep.scenes import split_evenly
+from data_prep.segment import SegmentSettings
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, read_manifest
 from megatron_video.video_io import probe, read_frames
@@ -27,17 +29,18 @@ from pathlib import Path
 from data_prep import ingest, segment
 folder = Path(sys.argv[1])
 ingest.run(folder / "in", folder / "1.parquet")
-report = segment.run(folder / "1.parquet", folder / "2.parquet", max_seconds=float(sys.argv[2]))
+settings = segment.SegmentSettings(max_seconds=float(sys.argv[2]))
+report = segment.run(folder / "1.parquet", folder / "2.parquet", settings=settings)
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())
 print(report.kept, report.rows_in, int(peak[1]) / 1024)
 """
 
 
-def segmented(tmp_path: Path, video: Path, **options: object) -> list[Row]:
+def segmented(tmp_path: Path, video: Path, **options: Any) -> list[Row]:
     """Rows of one captioned video."""
     video.with_suffix(".txt").write_text("a caption")
     ingest.run(video.parent, tmp_path / "1.parquet")
-    segment.run(tmp_path / "1.parquet", tmp_path / "2.parquet", **options)  # type: ignore[arg-type]
+    segment.run(tmp_path / "1.parquet", tmp_path / "2.parquet", settings=SegmentSettings(**options))
     rows: list[Row] = read_manifest(tmp_path / "2.parquet").to_pylist()
     return rows
 
@@ -95,10 +98,19 @@ def test_lengths_in_seconds(tmp_path: Path) -> None:
     assert len({row["clip_id"] for row in rows}) == 5
 
 
-@pytest.mark.parametrize("options", [{"min_seconds": -1}, {"max_seconds": 0}, {"min_seconds": 3, "max_seconds": 2}])
-def test_lengths_that_contradict_each_other_are_refused(tmp_path: Path, options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_seconds": -1},
+        {"min_seconds": float("nan")},
+        {"max_seconds": 0},
+        {"max_seconds": float("nan")},
+        {"min_seconds": 3, "max_seconds": 2},
+    ],
+)
+def test_lengths_that_contradict_each_other_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match="seconds"):
-        segment.run(tmp_path / "1.parquet", tmp_path / "2.parquet", **options)  # type: ignore[arg-type]
+        SegmentSettings(**options)  # type: ignore[arg-type]
 
 
 @given(

@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from tiny_pipeline import STAGES, Pipeline, data, make_pipeline
 
-from data_prep.stage import run_rows
+from data_prep.stage import execution_of, run_rows, stage_parser
 from data_prep.workers import parallel_map
 from megatron_video.errors import UserError
 from megatron_video.manifest import Row, read_manifest, table_from_rows, write_manifest
@@ -114,10 +116,49 @@ def test_what_a_killed_worker_had_under_way_is_done_again(tmp_path: Path) -> Non
     assert (tmp_path / "killed").exists()
 
 
+# Its parent tells who works, and waits; the workers sleep.
+SLEEPING = """
+import sys, time
+from data_prep.workers import Execution, parallel_map
+from test_stage_kills import sleep_and_tell
+if __name__ == "__main__":
+    list(parallel_map(sleep_and_tell, [sys.argv[1]] * 4, Execution(2)))
+"""
+
+
+def sleep_and_tell(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(120)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_a_stage_that_is_killed_or_interrupted(tmp_path: Path, sent: signal.Signals) -> None:
+    command = [sys.executable, "-c", SLEEPING, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    stage = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    stage.send_signal(sent)
+    assert stage.wait(20) != 0
+    wait_until(lambda: not any(Path(f"/proc/{path.name}").exists() for path in tmp_path.iterdir()))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_an_item_that_kills_every_worker_is_lost_alone() -> None:
     assert list(parallel_map(die, range(12), workers=2, lost=lambda number: -number)) == [0, 1, 2, -3, *range(4, 12)]
     with pytest.raises(UserError, match="3 killed 3 worker processes"):
         list(parallel_map(die, range(6), workers=2))
+
+
+def test_one_worker_of_the_command_line_is_a_process_too() -> None:
+    arguments = stage_parser("tag", None, spread=True).parse_args(["--in", "a", "--out", "b", "--workers", "1"])
+    assert list(parallel_map(die, range(2, 5), execution_of(arguments), lost=lambda number: -number)) == [2, -3, 4]
+    assert list(parallel_map(die, [3], execution_of(arguments), lost=lambda number: -number)) == [-3]
 
 
 def kill_reader(row: Row) -> list[Row]:
