@@ -50,6 +50,15 @@ def load_config(
     return build_config(cls, values, origin=str(path) if path else "defaults")
 
 
+def read_values(source: str | Path, preset_dir: Path | None = None) -> dict[str, Any]:
+    """Plain values of a YAML file or preset, not validated.
+
+    Raises:
+        UserError: no such file or preset, or not YAML.
+    """
+    return _read_yaml(_find(source, preset_dir))
+
+
 def build_config(cls: type[T], values: dict[str, Any], origin: str) -> T:
     """Validate plain `values` as `cls`; `origin` names where they came from in the error.
 
