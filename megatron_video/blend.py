@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_video.config_io import build_config, config_dataclass, load_config, save_config
 from megatron_video.errors import UserError
+from megatron_video.shard_index_open import open_index
 from megatron_video.shard_schema import DatasetInfo
 from megatron_video.shards import read_info
 
@@ -33,6 +34,8 @@ class BlendSource:
     """Share of the samples; the weights need not sum to 1."""
     samples: int | None = None
     """Samples that the folder held when the blend was written."""
+    subsets: list[str] | None = None
+    """Draw only from samples whose strictest subset (`megatron-video data filter`) is one of these; null: from all."""
 
     def __post_init__(self) -> None:
         """Refuse a weight that is no share.
@@ -90,7 +93,8 @@ def read_blend(path: Path) -> tuple[Blend, list[Path]]:
         raise UserError(f"{path}: no such blend; `megatron-video data blend --in FOLDER=WEIGHT ... --out {path}`")
     blend = load_config(Blend, path)
     folders = [path.parent / source.shards for source in blend.sources]
-    infos = [read_info(folder) for folder in folders]
+    # From the mapped index: dataset_info.json lists every shard, and this runs at every start of a training.
+    infos = [open_index(folder).info for folder in folders]
     _check_encoding(path, blend, folders, infos)
     for source, info in zip(blend.sources, infos, strict=True):
         if source.samples is not None and source.samples != info.samples:

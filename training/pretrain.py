@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     from training.loop import train
 
     # Also before: a wrong folder is then one line, not a stack trace of every rank.
-    data = TrainingData(config.data.shards, config.data.buckets)
+    data = TrainingData.open(config.data)
     data.check_model(config.model)
     check_layout(config.layout(ranks, hardware, list(data.buckets)))
     initialize_parallel(config.parallel, config.run.seed, device)

@@ -161,9 +161,11 @@ def _cost(config: PretrainConfig, data: TrainingData, plan: DataPlan, world: int
 
 def _latents(data: TrainingData) -> str:
     """Mean and spread of what the model learns to make, beside those of the noise it starts from."""
-    samples = np.concatenate(list(data.buckets.values()))
+    groups = list(data.buckets.values())
     # Spread over the data set, few enough to be read at every start.
-    chosen = samples[:: max(1, len(samples) // 64)]
+    most = max(1, 64 // len(groups))
+    places = [np.unique(np.linspace(0, len(group) - 1, most).astype(np.int64)) for group in groups]
+    chosen = np.concatenate([group[place] for group, place in zip(groups, places, strict=True)])
     means, variances = [], []
     for sample in chosen:
         mean, logvar = data[int(sample)].moments.float().chunk(2, dim=1)

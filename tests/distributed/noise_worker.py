@@ -22,7 +22,7 @@ def batches_of_this_rank(overrides: list[str], steps: int) -> tuple[int, list[st
     config = load_config(PretrainConfig, None, overrides)
     initialize_parallel(config.parallel, config.run.seed, initialize())
     try:
-        data = TrainingData(config.data.shards, config.data.buckets)
+        data = TrainingData.open(config.data)
         plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
         given = replica_batches(config, data, plan)
         return data_parallel_rank(), [digest(batch) for step in range(steps) for batch in given[step].batches]

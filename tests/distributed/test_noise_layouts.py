@@ -59,7 +59,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def step_batches(overrides: list[str], rank: int, size: int) -> StepBatches:
     config = load_config(PretrainConfig, None, overrides)
-    data = TrainingData(config.data.shards, config.data.buckets)
+    data = TrainingData.open(config.data)
     noise = NoiseSource(config.run.seed, config.run.stage)
     builder = BatchBuilder(data, noise, config.flow, config.data.text_dropout, torch.float32, config.model)
     return StepBatches(builder, DataPlan(data.buckets, config.data, config.run.seed, config.run.stage), rank, size)

@@ -42,7 +42,7 @@ def make_builder(data: TrainingData, text_dropout: float = 0.0, model: DiTConfig
 
 def make_steps(data: TrainingData, rank: int = 0, size: int = 1) -> StepBatches:
     config = DataConfig(micro_batch_size=3, global_batch_size=12)
-    plan = DataPlan(data.buckets, config, 5, "test")
+    plan = DataPlan(data.groups(), config, 5, "test")
     return StepBatches(make_builder(data, text_dropout=0.3), plan, rank, size)
 
 
@@ -52,7 +52,7 @@ def equal(one: Batch, two: Batch) -> bool:
 
 
 def test_rows_follow_the_equations(data: TrainingData) -> None:
-    samples, epochs = data.buckets["17x48x64"][[4, 1]], np.array([0, 2])
+    samples, epochs = data.buckets["17x48x64"][np.array([4, 1])], np.array([0, 2])
     batch = make_builder(data).build(PlannedBatch("17x48x64", samples, epochs))
     for row, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
         mean, logvar = data[sample].moments.float().chunk(2, dim=1)
@@ -69,13 +69,13 @@ def test_the_shift_by_resolution_goes_by_the_tokens_of_the_sample(data: Training
     builder = dataclasses.replace(make_builder(data), density=density)
     # 17x48x64 has 3 x 3 x 4 tokens, an image of 48 x 48 has 9.
     for bucket, shift in (("17x48x64", 4.0), ("1x48x48", 2.0)):
-        sample = int(data.buckets[bucket][2])
+        sample = int(data.buckets[bucket][np.array([2])][0])
         batch = builder.build(PlannedBatch(bucket, np.array([sample]), np.array([1])))
         assert batch.timestep.item() == NOISE.timestep(1, sample, TimeDensity(shift=shift))
 
 
 def test_text_is_padded_to_the_longest_and_lengths_count_clip(data: TrainingData) -> None:
-    samples = data.buckets["17x48x48"][:6]
+    samples = data.buckets["17x48x48"][np.arange(6)]
     batch = make_builder(data).build(PlannedBatch("17x48x48", samples, np.zeros(6, dtype=np.int64)))
     lengths = [len(data[int(sample)].llm) for sample in samples]
     assert batch.text_lengths.tolist() == [CLIP_SLOTS + length for length in lengths]
@@ -86,7 +86,7 @@ def test_text_is_padded_to_the_longest_and_lengths_count_clip(data: TrainingData
 
 
 def test_dropped_text_is_the_encoded_empty_caption(data: TrainingData) -> None:
-    samples = data.buckets["17x48x48"][:3]
+    samples = data.buckets["17x48x48"][np.arange(3)]
     batch = make_builder(data, text_dropout=1.0).build(PlannedBatch("17x48x48", samples, np.zeros(3, dtype=np.int64)))
     llm, clip = data.null_text
     torch.testing.assert_close(batch.llm_states, llm.float().expand(3, -1, -1))
@@ -96,14 +96,14 @@ def test_dropped_text_is_the_encoded_empty_caption(data: TrainingData) -> None:
 
 
 def test_dropping_text_changes_nothing_else(data: TrainingData) -> None:
-    planned = PlannedBatch("1x48x48", data.buckets["1x48x48"][:4], np.zeros(4, dtype=np.int64))
+    planned = PlannedBatch("1x48x48", data.buckets["1x48x48"][np.arange(4)], np.zeros(4, dtype=np.int64))
     kept, dropped = (make_builder(data, text_dropout=p).build(planned) for p in (0.0, 1.0))
     assert torch.equal(kept.latents, dropped.latents)
     assert torch.equal(kept.timestep, dropped.timestep)
 
 
 def test_the_second_epoch_has_other_noise_time_and_posterior(data: TrainingData) -> None:
-    samples = data.buckets["17x48x48"][:2]
+    samples = data.buckets["17x48x48"][np.arange(2)]
     first, second = (make_builder(data).build(PlannedBatch("17x48x48", samples, np.full(2, epoch))) for epoch in (0, 1))
     assert not torch.isclose(first.timestep, second.timestep).any()
     assert not torch.isclose(first.target, second.target).all()
@@ -142,7 +142,7 @@ def test_size_of_a_step_is_counted_from_its_samples(data: TrainingData) -> None:
 
 def test_fps_is_given_to_models_that_take_it(data: TrainingData) -> None:
     model = dataclasses.replace(MODEL, use_additional_conditions=True)
-    planned = PlannedBatch("17x48x48", data.buckets["17x48x48"][:2], np.zeros(2, dtype=np.int64))
+    planned = PlannedBatch("17x48x48", data.buckets["17x48x48"][np.arange(2)], np.zeros(2, dtype=np.int64))
     fps = make_builder(data, model=model).build(planned).fps
     assert fps is not None
     assert fps.tolist() == [25.0, 25.0]
@@ -163,7 +163,7 @@ def test_folders_are_numbered_one_after_the_other(tmp_path: Path) -> None:
     both, second = TrainingData(folders), TrainingData(folders[1:])
     assert len(both) == 10
     assert both[7].key == second[2].key
-    assert both.buckets["17x48x48"].tolist() == list(range(10))
+    assert both.buckets["17x48x48"][np.arange(10)].tolist() == list(range(10))
     assert both.fingerprint() != TrainingData(folders[::-1]).fingerprint()
 
 
