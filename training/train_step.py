@@ -23,7 +23,7 @@ from training.phases import Phases
 from training.stop_signal import STOP_REASONS
 from training.time_bins import TIME_BINS, bin_by_time
 
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -83,32 +83,70 @@ def forward_backward(model: list[DistributedDataParallel], batches: list[Batch],
         [2, TIME_BINS] fp64: sum of the loss and number of latent positions of this replica, by t; zeros but on the
         last stage.
     """
-    device = next(model[0].parameters()).device
-    # Every virtual chunk walks through the same micro-batches.
-    iterators = [iter(batches) for _ in model]
-    outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=len(batches),
-        # Bounds only: micro-batches differ in shape, and pipeline stages send sizes along.
-        seq_length=max(batch.latents[0, :, 0].numel() for batch in batches),
-        micro_batch_size=max(len(batch.latents) for batch in batches),
-        forward_only=forward_only,
+    outputs = run_schedule(
+        forward_step,
+        model,
+        # Every virtual chunk walks through the same micro-batches.
+        [iter(batches) for _ in model],
+        len(batches),
+        max(batch.latents[0, :, 0].numel() for batch in batches),
+        max(len(batch.latents) for batch in batches),
+        forward_only,
     )
     # Stages before the last compute no loss.
     if not outputs:
-        return torch.zeros(2, TIME_BINS, dtype=torch.float64, device=device)
+        return torch.zeros(2, TIME_BINS, dtype=torch.float64, device=next(model[0].parameters()).device)
     # fp64: sums of thousands of micro-batches keep their digits.
     return torch.stack([output["sums_and_counts"] for output in outputs]).sum(0)
+
+
+def run_schedule(
+    step: Callable[..., tuple[Tensor, LossFunction]],
+    model: list[DistributedDataParallel],
+    iterators: Sequence[Iterator[Any]],
+    count: int,
+    most_positions: int,
+    most_samples: int,
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """megatron-core's schedule over `count` micro-batches, which every chunk takes from its own iterator.
+
+    Args:
+        step: megatron-core's forward step.
+        model: this rank's chunks.
+        iterators: one a chunk.
+        count: micro-batches.
+        most_positions: latent positions of a sample, at most.
+        most_samples: of a micro-batch, at most.
+        forward_only: no backward pass.
+
+    Returns:
+        The reports of the loss function, one a micro-batch; none but on the last stage.
+    """
+    reports: list[dict[str, Any]] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=list(iterators) if len(iterators) > 1 else iterators[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=count,
+        # Bounds only: micro-batches differ in shape, and pipeline stages send sizes along.
+        seq_length=most_positions,
+        micro_batch_size=most_samples,
+        forward_only=forward_only,
+    )
+    return reports
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
     """megatron-core's forward step: the model's output (hidden states before the last stage) and the loss to apply."""
     batch = next(batches).to(torch.device(next(model.parameters()).device))
+    return predict(batch, model), functools.partial(velocity_loss, batch.target, batch.timestep)
+
+
+def predict(batch: Batch, model: torch.nn.Module) -> Tensor:
+    """The model's output for a batch on its device: the velocity, or hidden states before the last stage."""
     conditions: dict[str, Any] = {} if batch.fps is None else {"fps": batch.fps}
     # Every stage gets the conditions; latents are read by the first stage, their shape by all.
-    output = model(
+    output: Tensor = model(
         batch.latents,
         batch.timestep,
         batch.llm_states,
@@ -117,7 +155,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
         dropout_seeds=batch.dropout_seeds,
         **conditions,
     )
-    return output, functools.partial(velocity_loss, batch.target, batch.timestep)
+    return output
 
 
 def velocity_loss(target: Tensor, timestep: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
