@@ -93,7 +93,8 @@ def _values(optimizer: MegatronOptimizer, ema: EMA | None) -> Iterator[tuple[Mai
 
 def _sharded(template: ShardedTensor, item: MainParameter, value: Tensor, prefix: str) -> list[ShardedTensor]:
     """What this rank holds of a parameter, described as pieces of the whole tensor."""
-    if item.part is None:
+    if item.group is None or item.part is None:
+        # All of it, or under Megatron-FSDP rows, as which the template is cut already.
         return [make_sharded_optimizer_tensor(template, value, prefix)]
     flat, pieces = value.view(-1), []
     for box in boxes(tuple(template.local_shape), item.part.start, item.part.stop):
