@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,8 @@ from torch import Tensor
 from data_prep.decode import Decoder, build_decoder
 from data_prep.encode_plan import STAGE, PlannedShard, window_of
 from megatron_video.buckets import Bucket, crop_of
-from megatron_video.errors import UserError
 from megatron_video.manifest import Row, dropped
-from megatron_video.shard_schema import ShardSample, file_sha256
+from megatron_video.shard_schema import ShardSample
 from megatron_video.text import TextEncoders, TextStates, text_folders
 from megatron_video.vae import VideoVAE, load_vae
 from megatron_video.video_io import VideoError
@@ -36,7 +35,15 @@ class Suspicion:
 class ClipEncoder:
     """The two encoders on one device."""
 
-    def __init__(self, vae: Path, text: Path, device: torch.device, dtype: torch.dtype, decoder: str = "pyav") -> None:
+    def __init__(
+        self,
+        vae: Path,
+        text: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        decoder: str = "pyav",
+        kinds: Sequence[str] = (),
+    ) -> None:
         """Load the weights.
 
         Args:
@@ -45,8 +52,9 @@ class ClipEncoder:
             device: where they run.
             dtype: of their arithmetic.
             decoder: "pyav" or "dali".
+            kinds: of captions that are encoded beside each other; (): the column `caption` alone.
         """
-        self.device = device
+        self.device, self.kinds = device, kinds
         self.decoder: Decoder = build_decoder(decoder, device)
         self.vae: VideoVAE = load_vae(vae, device=device, dtype=dtype)
         self.text = TextEncoders.load(*text_folders(text), device, dtype)
@@ -68,7 +76,7 @@ class ClipEncoder:
                 decoded = [future.result() for future in pending]
                 # The next batch is decoded while this one is encoded; more would only hold memory.
                 pending = self._submit(threads, batches[number + 1], shard.bucket) if rows is not batches[-1] else []
-            self._add_captions(captions, [row["caption"] for row in rows])
+            self._add_captions(captions, [text for row in rows for text in captions_of(row, self.kinds).values()])
             yield from self._encode_batch(rows, decoded, captions, shard.bucket)
 
     def text_states(self, captions: Sequence[str]) -> list[TextStates]:
@@ -99,8 +107,13 @@ class ClipEncoder:
             if not torch.isfinite(latent).all():
                 yield dropped(row, STAGE, "not finite: the Video-VAE gave infinite or undefined values"), None
                 continue
-            states = captions[row["caption"]]
-            yield row, ShardSample(row["clip_id"], latent, states.llm, states.clip, _metadata(row, bucket, states))
+            texts = captions_of(row, self.kinds)
+            states = {kind: captions[text] for kind, text in texts.items()}
+            first = next(iter(states.values()))
+            # A caption of no named kind is the only one.
+            named = {kind: (of.llm, of.clip) for kind, of in states.items() if kind}
+            metadata = _metadata(row, bucket, texts, any(of.truncated for of in states.values()))
+            yield row, ShardSample(row["clip_id"], latent, first.llm, first.clip, metadata, named)
 
     @torch.inference_mode()
     def _moments(self, videos: Sequence[Tensor]) -> Tensor:
@@ -130,28 +143,18 @@ class ClipEncoder:
         return decoded
 
 
-def vae_fingerprint(path: Path) -> str:
-    """Hash over the files of a Video-VAE.
-
-    Raises:
-        UserError: nothing there.
-    """
-    files = (
-        sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
-    )
-    weights = [file for file in files if file.suffix == ".safetensors" and file.is_file()]
-    if not weights:
-        raise UserError(f"--vae {path}: no Video-VAE there (a folder with model.safetensors, or a .safetensors file)")
-    # The configuration first: the same weights under other sizes are another model.
-    named = [file for file in files if file.name == "config.json"] + weights
-    return "-".join(file_sha256(file)[:16] for file in named)
+def captions_of(row: Row, kinds: Sequence[str]) -> dict[str, str]:
+    """The captions of a clip that are encoded, by kind; its column `caption`, under "", where it has none of them."""
+    texts = {kind: row[f"caption_{kind}"] for kind in kinds if row[f"caption_{kind}"]}
+    return texts or {"": row["caption"]}
 
 
-def _metadata(row: Row, bucket: Bucket, states: TextStates) -> dict[str, object]:
+def _metadata(row: Row, bucket: Bucket, texts: Mapping[str, str], truncated: bool) -> dict[str, object]:
     start, end = window_of(row, bucket)
     crop = crop_of(row)
-    return {
-        "caption": row["caption"],
+    named = {"captions": dict(texts)} if "" not in texts else {}
+    return named | {
+        "caption": next(iter(texts.values())),
         "language": row["language"],
         "bucket": bucket.name,
         # The name only: a shard must not depend on where the raw files lay.
@@ -162,5 +165,5 @@ def _metadata(row: Row, bucket: Bucket, states: TextStates) -> dict[str, object]
         "fps": row["fps"],
         "is_image": row["is_image"],
         "crop": list(crop) if crop else None,
-        "text_truncated": states.truncated,
+        "text_truncated": truncated,
     }

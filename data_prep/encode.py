@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from data_prep.clip_encoder import vae_fingerprint
+from data_prep.caption_config import KINDS
 from data_prep.decode import DECODERS, choose_decoder
 from data_prep.encode_plan import STAGE, PlannedShard, plan_shards
 from data_prep.encode_shard import DTYPES, EncodeJob, encoders_known, read_encoders, rows_part, write_shard
@@ -32,6 +32,7 @@ from data_prep.workers import Shard, default_workers, progress
 from megatron_video.buckets import Bucket, parse_buckets
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
+from megatron_video.fingerprint import vae_fingerprint
 from megatron_video.manifest import Row, kept_rows, read_manifest, table_from_rows, write_manifest
 from megatron_video.shard_schema import INFO_FILE, file_sha256, write_atomically
 from megatron_video.shards import finish_dataset, read_info
@@ -53,6 +54,14 @@ class EncodeSettings:
     """Of the encoders' arithmetic; storage is bfloat16."""
     decoder: str = "pyav"
     """Reads the videos; another one gives slightly other pixels."""
+    captions: tuple[str, ...] = ()
+    """Kinds of captions that are encoded beside each other, the first being every sample's own; (): the column
+    `caption` alone."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As plain values; folders that were begun before there were kinds keep theirs."""
+        return {name: value for name, value in asdict(self).items() if name != "captions" or value}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--buckets", required=True, help="FRAMESxHEIGHTxWIDTH,...; such as 1x48x48,17x48x48,17x48x64")
     parser.add_argument("--samples-per-shard", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="clips per pass of the Video-VAE")
+    parser.add_argument("--captions", metavar="KIND,...", help="encode captions of these kinds (short, dense, title)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="arithmetic; bfloat16 is stored")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes with both encoders each (default: one a GPU, or one)")
@@ -83,6 +93,7 @@ def run_arguments(arguments: argparse.Namespace) -> StageReport:
         arguments.batch_size,
         arguments.dtype,
         choose_decoder(arguments.decoder, arguments.device),
+        parse_kinds(arguments.captions),
     )
     return run(
         arguments.source,
@@ -132,10 +143,11 @@ def run(
             raise UserError(f"{name} {number} must be at least 1")
     devices = _devices(device, workers)
     table = read_manifest(manifest_in)
+    _check_kinds(table, settings.captions)
     plan, unplaced = plan_shards(kept_rows(table), settings.buckets, settings.samples_per_shard)
     # Hashes of the weights: a retrained encoder under the old path must not continue the old shards.
     prints = {"vae": vae_fingerprint(vae), "text": text_fingerprint(*text_folders(text))}
-    fingerprint = fingerprint_of(STAGE, asdict(settings) | prints, file_sha256(manifest_in))
+    fingerprint = fingerprint_of(STAGE, settings.identity | prints, file_sha256(manifest_in))
     job = EncodeJob(
         folder=shard_folder,
         vae=vae,
@@ -147,6 +159,7 @@ def run(
         device=devices[0],
         decode_threads=decode_threads or max(1, default_workers() // len(devices)),
         torch_threads=torch_threads,
+        captions=settings.captions,
     )
     output = _Output(shard_folder, fingerprint, table, plan, unplaced, started)
     output.details.update(device=device, decoder=settings.decoder)
@@ -158,6 +171,26 @@ def run(
         if share is None:
             return output.finish()
     return output.finish_if_last(mine)
+
+
+def parse_kinds(text: str | None) -> tuple[str, ...]:
+    """Read "dense,short".
+
+    Raises:
+        UserError: not a kind, or one twice.
+    """
+    kinds = tuple(kind.strip() for kind in text.split(",")) if text else ()
+    if len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
+        raise UserError(f"--captions {text}: give each of {', '.join(KINDS)} at most once")
+    return kinds
+
+
+def _check_kinds(table: pa.Table, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        if table[f"caption_{kind}"].null_count == table.num_rows:
+            raise UserError(
+                f"--captions {kind}: no clip has a caption of that kind; `megatron-video data caption` first"
+            )
 
 
 @dataclass

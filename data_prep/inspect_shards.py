@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from data_prep.clip_encoder import vae_fingerprint
 from data_prep.encode import MANIFEST_FILE
 from data_prep.inspect_plots import write_plots
 from data_prep.workers import progress
@@ -29,6 +28,7 @@ from megatron_video.buckets import parse_bucket
 from megatron_video.cli import run_command
 from megatron_video.contact_sheet import write_contact_sheet
 from megatron_video.errors import UserError
+from megatron_video.fingerprint import vae_fingerprint
 from megatron_video.manifest import read_manifest
 from megatron_video.shard_schema import write_atomically
 from megatron_video.shards import ShardDataset

@@ -11,11 +11,8 @@ from pathlib import Path
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -24,12 +21,30 @@ def appearing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, in the same folder; content and name are on the disk when this returns.
+
+    So of two files that are published one after the other, a power loss never leaves the second alone.
+    """
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
+    """Write a file that appears whole; see `appearing`."""
     with appearing(path) as temporary:
         temporary.write_bytes(content)

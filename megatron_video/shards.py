@@ -30,7 +30,7 @@ import torch
 
 from megatron_video.buckets import Bucket, parse_bucket
 from megatron_video.errors import UserError
-from megatron_video.files import appearing
+from megatron_video.files import appearing, publish
 from megatron_video.shard_index import IndexRow
 from megatron_video.shard_index_open import build_index, open_index
 from megatron_video.shard_schema import (
@@ -41,6 +41,7 @@ from megatron_video.shard_schema import (
     NULL_TEXT_FILE,
     PARTS_FOLDER,
     PAYLOADS,
+    SHARD_SCHEMA_VERSION,
     DamagedSampleError,
     DatasetInfo,
     ShardSample,
@@ -165,7 +166,7 @@ class ShardWriter:
         record = {"name": self.name, "bytes": self._tar.size, "samples": len(self._rows), "sha256": checksum}
         table = pa.Table.from_pylist(list(self._rows.values()), schema=INDEX_SCHEMA)
         # First the tar, then its index: an index without its tar must never exist.
-        os.replace(self._temporary, self.folder / self.name)
+        publish(self._temporary, self.folder / self.name)
         _write_parquet(table.replace_schema_metadata({"shard": json.dumps(record)}), index_part(self.folder, self.name))
 
 
@@ -336,6 +337,8 @@ def finish_dataset(folder: str | Path, info: DatasetInfo) -> DatasetInfo:
     with appearing(folder / INDEX_FILE) as temporary:
         _join(parts, temporary, records, buckets)
     values = asdict(info) | {
+        # Shards of an older version are in it too; the index has the columns of this one.
+        "schema_version": SHARD_SCHEMA_VERSION,
         "samples": sum(buckets.values()),
         "buckets": dict(sorted(buckets.items())),
         "shards": records,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from megatron_video.cli import run_command
 from megatron_video.config_io import build_config
 from megatron_video.errors import UserError
-from megatron_video.fingerprint import fingerprint_files
+from megatron_video.fingerprint import fingerprint_files, vae_fingerprint
 from megatron_video.flops import LatentShape, latent_shape
 from megatron_video.sampler import uses_negative
 from megatron_video.scheduler import sigmas
@@ -131,7 +131,7 @@ def settings(job: Job) -> dict[str, Any]:
     state_file, weight_files = job.checkpoint / "train_state.json", sorted(job.checkpoint.glob("*.distcp"))
     return {
         "checkpoint": f"{job.checkpoint.name} {fingerprint_files([state_file, *weight_files])}",
-        "vae": _vae_fingerprint(arguments.vae),
+        "vae": vae_fingerprint(arguments.vae),
         "text": text_fingerprint(*text_folders(arguments.text)),
         "precision": job.precision,
         "encoder_precision": _encoder_precision(job.device),
@@ -324,14 +324,6 @@ def _decided_by_rank_0(value: Any) -> Any:
 def _encoder_precision(device: DeviceInfo) -> str:
     # The released API runs both in bf16 on GPUs; on CPUs bf16 convolutions are slower, not faster.
     return "bf16" if device.device.type == "cuda" else "fp32"
-
-
-def _vae_fingerprint(path: Path) -> str:
-    files = [path / "config.json", path / "model.safetensors"] if path.is_dir() else [path]
-    absent = [str(file) for file in files if not file.is_file()]
-    if absent:
-        raise UserError(f"--vae {path}: {', '.join(absent)} does not exist")
-    return fingerprint_files(files)
 
 
 def _check_widths(model: DiTConfig, encoders: TextEncoders) -> None:

@@ -16,11 +16,11 @@ from tiny_shards import write_tiny_shards
 
 from data_prep import cli, inspect_shards
 from data_prep.blend import parse_source
-from data_prep.clip_encoder import vae_fingerprint
 from megatron_video.blend import read_blend, write_blend
 from megatron_video.buckets import parse_bucket
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
+from megatron_video.fingerprint import vae_fingerprint
 from megatron_video.manifest import table_from_rows, write_manifest
 from megatron_video.shard_schema import DatasetInfo, shard_name
 from megatron_video.shards import ShardDataset, ShardSample, ShardWriter, finish_dataset, write_null_text
