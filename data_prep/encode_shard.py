@@ -36,6 +36,8 @@ class EncodeJob:
     decode_threads: int
     torch_threads: int | None = None
     """Threads of CPU arithmetic; None leaves torch's own number."""
+    captions: tuple[str, ...] = ()
+    """Kinds of captions; (): the column `caption` alone."""
 
     def on(self, device: str) -> EncodeJob:
         """The same job on another device."""
@@ -45,7 +47,8 @@ class EncodeJob:
         """The encoders; also leaves in the folder what is known of them."""
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
-        encoder = ClipEncoder(self.vae, self.text, torch.device(self.device), DTYPES[self.dtype], self.decoder)
+        device, dtype = torch.device(self.device), DTYPES[self.dtype]
+        encoder = ClipEncoder(self.vae, self.text, device, dtype, self.decoder, self.captions)
         _write_encoders(self.folder, encoder, self.prints)
         return encoder
 
@@ -59,11 +62,11 @@ def write_shard(
 ) -> Iterator[Row]:
     """Encode a shard and write it, its index and its rows; yields each row when it is done."""
     rows = []
-    with ShardWriter(job.folder, shard.name) as writer:
+    with ShardWriter(job.folder, shard.name, job.captions) as writer:
         for row, sample in encoder.encode_shard(shard, job.batch_size, threads, suspicion):
             # A failed clip is in the rows, and only there.
             if sample is not None:
-                writer.add(sample, shard.bucket)
+                writer.add(sample, shard.bucket, subset=row["subset"], weight=row["weight"])
                 row = {**row, "shard": shard.name}
             rows.append(row)
             yield row
@@ -100,5 +103,6 @@ def _write_encoders(folder: Path, encoder: ClipEncoder, prints: dict[str, str]) 
         llm_dim=llm_dim,
         clip_dim=clip_dim,
         clip_tokens=encoder.text.clip_length,
+        captions=list(encoder.kinds),
     )
     write_atomically(folder / PARTS_FOLDER / _ENCODERS_FILE, json.dumps(asdict(info)).encode())

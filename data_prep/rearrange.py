@@ -42,7 +42,9 @@ from megatron_video.shard_schema import (
 from megatron_video.shards import ShardDataset, ShardWriter, copy_shard, finish_dataset, read_info, write_null_text
 
 # What must be equal for samples to lie in one folder.
-_ENCODING = ("vae_fingerprint", "text_fingerprint", "latent_channels", "llm_dim", "clip_dim", "clip_tokens")
+_ENCODING = ("vae_fingerprint", "text_fingerprint", "latent_channels", "llm_dim", "clip_dim", "clip_tokens", "captions")
+# Columns of the index that a copied sample takes along, beside those that every sample has.
+_CARRIED = ("caption_tokens", "subset", "weight")
 _HASH_RANGE = 1 << 64
 
 Integers = npt.NDArray[np.int64]
@@ -248,9 +250,10 @@ def _is_there(out: Path, number: int) -> bool:
 def _copy_shard_samples(dataset: ShardDataset, samples: Integers, out: Path, name: str) -> Iterator[int]:
     with ShardWriter(out, name) as writer:
         for number in samples.tolist():
-            row = dataset.index.slice(number, 1).select(["key", "bucket", "llm_tokens"]).to_pylist()[0]
+            row = dataset.index.slice(number, 1).to_pylist()[0]
             # The bytes as they are; reading them has compared their checksum.
-            writer.add_encoded(row["key"], dataset.payloads(number), parse_bucket(row["bucket"]), row["llm_tokens"])
+            payloads, further = dataset.payloads(number), {name: row[name] for name in _CARRIED}
+            writer.add_encoded(row["key"], payloads, parse_bucket(row["bucket"]), row["llm_tokens"], further)
             yield number
 
 

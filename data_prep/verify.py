@@ -26,7 +26,8 @@ from data_prep.workers import progress
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import read_manifest
-from megatron_video.shard_schema import MEMBER_SUFFIXES, DatasetInfo, ShardSample, file_sha256
+from megatron_video.shard_index_open import is_true
+from megatron_video.shard_schema import INDEX_FILE, MEMBER_SUFFIXES, DatasetInfo, ShardSample, file_sha256
 from megatron_video.shards import ShardDataset, read_null_text
 
 _FAULTS_SHOWN = 20
@@ -86,6 +87,8 @@ def run(folder: Path) -> VerifyReport:
 def _check_files(dataset: ShardDataset) -> Iterator[str]:
     """Checksums of whole files, and the walk of each tar against the index."""
     info = dataset.dataset_info
+    if not is_true(dataset.rows, dataset.folder):
+        yield f"{dataset.rows.path}: differs from what {INDEX_FILE} says; delete it, it is made again"
     for name, checksum in info.files.items():
         path = dataset.folder / name
         if not path.is_file() or file_sha256(path) != checksum:
@@ -138,9 +141,16 @@ def _check_samples(dataset: ShardDataset) -> Iterator[str]:
 
 def _sample_faults(sample: ShardSample, dataset: ShardDataset, number: int) -> Iterator[str]:
     tokens, bucket = dataset.index["llm_tokens"][number].as_py(), dataset.index["bucket"][number].as_py()
-    yield from _text_faults(sample.llm, sample.clip, dataset.dataset_info)
+    info = dataset.rows.info
+    yield from _text_faults(sample.llm, sample.clip, info)
+    for kind, (llm, clip) in sample.captions.items():
+        yield from (f"caption {kind}: {fault}" for fault in _text_faults(llm, clip, info))
     if len(sample.llm) != tokens:
         yield f"{len(sample.llm)} Step-LLM tokens, the index says {tokens}"
+    listed = dataset.index["caption_tokens"][number].as_py()
+    found = [len(sample.captions[kind][0]) if kind in sample.captions else 0 for kind in info.captions]
+    if (listed or [0] * len(found)) != found:
+        yield f"captions of {dict(zip(info.captions, found, strict=True))} tokens, the index says {listed}"
     if not torch.isfinite(sample.moments).all():
         yield "moments that are not finite"
     if sample.metadata.get("key") != sample.key or sample.metadata.get("bucket", bucket) != bucket:
