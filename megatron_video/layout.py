@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_video.dit.config import DiTConfig
 
 Precision = Literal["fp32", "bf16"]
+Balance = Literal["auto", "cost", "none"]
 Change = Mapping[str, Any]
 """New values by the name of the fact."""
 
@@ -81,6 +82,10 @@ class Layout:
     """Samples of one micro-batch."""
     samples_per_draw: int = 1
     """The global batch grows in steps of so many samples."""
+    balance: Balance | None = None
+    """How micro-batches are shared out to replicas."""
+    images_per_video: float | None = None
+    """Images that come on top of the micro-batches, for every video."""
     buckets: list[str] | None = None
     """Sizes of the samples, such as 17x48x64."""
     hardware: Hardware | None = None
@@ -108,6 +113,27 @@ class Layout:
         """Micro-batches of a step that cannot be shared evenly; needs `world_size` and `micro_batches`."""
         assert self.micro_batches is not None
         return self.micro_batches % self.data_parallel_size
+
+    @property
+    def why_equally_many(self) -> str:
+        """Why every replica needs equally many micro-batches; empty where it does not."""
+        if self.parallel.use_megatron_fsdp:
+            return "Megatron-FSDP gathers weights from all replicas in every micro-batch"
+        if self.parallel.virtual_pipeline_model_parallel_size is not None:
+            return "interleaved stages take micro-batches in rounds of as many as there are stages"
+        if self.fp8 is not None and self.fp8.recipe == "delayed":
+            return "delayed scaling exchanges magnitudes between all replicas in every micro-batch"
+        return ""
+
+    @property
+    def and_why_equally_many(self) -> str:
+        """The same behind a colon, for messages."""
+        return f": {self.why_equally_many}" if self.why_equally_many else ""
+
+    @property
+    def balances_cost(self) -> bool:
+        """Whether micro-batches are shared out by cost, so that replicas may have different numbers of them."""
+        return self.balance == "cost" or (self.balance == "auto" and not self.why_equally_many)
 
     @property
     def stages(self) -> int:
@@ -245,6 +271,10 @@ def _alternatives(layout: Layout, name: str) -> list[Any]:
         values = _values_of_type(get_type_hints(type(getattr(layout, group)))[item], value)
     elif name == "training.precision":
         values = _values_of_type(Precision, value)
+    elif name == "data.balance":
+        values = _values_of_type(Balance, value)
+    elif name == "data.images_per_video":
+        values = [None]
     elif name == "world_size":
         values = _values_of_type(int, value)
     else:

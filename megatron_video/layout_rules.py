@@ -32,6 +32,8 @@ PATCH = "model.patch_size"
 PRECISION = "training.precision"
 BUCKETS = "data.buckets"
 BATCH = "data.global_batch_size"
+BALANCE = "data.balance"
+IMAGES = "data.images_per_video"
 WORLD = "world_size"
 CUDA = "hardware.cuda"
 CAPABILITY = "hardware.compute_capability"
@@ -106,12 +108,36 @@ RULES: tuple[Rule, ...] = (
     ),
     # Replicas.
     Rule(
-        name="micro-batches over replicas",
+        name="more replicas than micro-batches",
         fields=(BATCH, WORLD),
-        refuses=lambda layout: layout.micro_batches_left_over > 0,
+        refuses=lambda layout: layout.micro_batches_per_replica < 1,
+        reason="each of {layout.data_parallel_size} replicas needs a micro-batch of {layout.micro_batch_size} or more "
+        "samples in every step, and there are {layout.micro_batches}",
+        example={BATCH: 2, WORLD: 3},
+    ),
+    Rule(
+        name="cost balance where replicas go in step",
+        fields=(BALANCE,),
+        refuses=lambda layout: layout[BALANCE] == "cost" and bool(layout.why_equally_many),
+        reason="balance by cost gives replicas different numbers of micro-batches, and {layout.why_equally_many}",
+        example={BALANCE: "cost", PP: 2, VPP: 2},
+    ),
+    Rule(
+        name="images on top where replicas go in step",
+        fields=(IMAGES, BALANCE),
+        refuses=lambda layout: layout[IMAGES] is not None and not layout.balances_cost,
+        reason="images beside the videos make steps whose micro-batches are not equally many for every replica"
+        "{layout.and_why_equally_many}; draw them in turn with data.bucket_weights instead",
+        example={IMAGES: 1.0, BALANCE: "none"},
+    ),
+    Rule(
+        name="micro-batches over replicas",
+        fields=(BATCH, WORLD, BALANCE),
+        refuses=lambda layout: not layout.balances_cost and layout.micro_batches_left_over > 0,
         reason="the global batch is a multiple of micro-batch size x replicas "
-        "({layout.micro_batch_size} x {layout.data_parallel_size}), so that no replica waits for another",
-        example={BATCH: 3, WORLD: 2},
+        "({layout.micro_batch_size} x {layout.data_parallel_size}), so that each has equally many micro-batches"
+        "{layout.and_why_equally_many}",
+        example={BATCH: 3, WORLD: 2, BALANCE: "none"},
     ),
     Rule(
         name="micro-batches over interleaved stages",

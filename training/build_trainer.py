@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from training.events import EventLog, read_events
 from training.initial_state import take_initial_optimizer, take_initial_weights
 from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
+from training.run_plan import plan_run
 from training.startup import describe_changes, describe_run
 from training.stop_signal import StopSignal
 from training.telemetry import Telemetry
@@ -34,8 +36,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
     """Build data order, model and optimizer, and bring them to where the run stands."""
-    check_position_count(config, data)
-    plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
+    plan = plan_run(config, data)
+    check_position_count(config, data, plan.micro_batch_sizes)
     # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
     identity = {"data set": data.fingerprint(), **plan.identity()}
     found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints")
@@ -76,15 +78,19 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
     return Trainer(config, data, plan, model, optimizer, state, telemetry, batches, ema, device, events, phases, stop)
 
 
-def check_position_count(config: PretrainConfig, data: TrainingData) -> None:
+def check_position_count(config: PretrainConfig, data: TrainingData, sizes: Mapping[str, int]) -> None:
     """megatron-core adds up the latent positions of a step in int32, and context-parallel ranks each count them.
 
     Raises:
         UserError: a step could have more of them than an int32 holds.
     """
-    sizes, single = config.data.bucket_micro_batch_sizes, config.data.micro_batch_size
-    largest = max(shape.tokens * sizes.get(name, single) for name, shape in data.shapes.items())
-    count = largest * config.data.micro_batches_per_step * config.parallel.context_parallel_size
+    micro_batches, shapes = config.data.micro_batches_per_step, data.shapes
+    count = micro_batches * max(shapes[name].tokens * size for name, size in sizes.items())
+    if config.data.images_per_video is not None:
+        images = [name for name, shape in shapes.items() if shape.frames == 1]
+        videos = micro_batches * max(size for name, size in sizes.items() if name not in images)
+        count += int(videos * config.data.images_per_video + 1) * max(shapes[name].tokens for name in images)
+    count *= config.parallel.context_parallel_size
     if count >= 2**31:
         raise UserError(
             f"a step of data.global_batch_size={config.data.global_batch_size} could have {count:,} latent positions "

@@ -162,8 +162,7 @@ class StepBatches(Dataset[StepData]):
         # All replicas plan the whole step; the sizes of the global batch then need no communication.
         planned, data, model = self.plan.step(step), self.builder.data, self.builder.model
         return StepData(
-            # Dealt in turn: with draws of several micro-batches the replicas work on one shape at a time.
-            batches=[self.builder.build(batch) for batch in planned[self.rank :: self.size]],
+            batches=[self.builder.build(batch) for batch in self.plan.deal(planned, self.rank, self.size)],
             samples=sum(len(batch.samples) for batch in planned),
             tokens=sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
             flops=sum(data.flops(model, batch.bucket, batch.samples) for batch in planned),

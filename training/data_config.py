@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Literal
 
 from megatron_video.config_io import config_dataclass
 
@@ -18,6 +19,9 @@ class DataConfig:
     equally often, whatever folder it is in."""
     blend: str | None = None
     """Instead of `shards` and `shard_weights`: a YAML file of folders and weights (`megatron-video data blend`)."""
+    sample_weights: bool = True
+    """Draw samples as often as the weights say that `megatron-video data balance` gave them; false: all alike. Shards
+    without weights are drawn alike in any case."""
     subsets: list[str] | None = None
     """Train only on samples whose strictest subset (column `subset` of `megatron-video data filter`) is one of these;
     null for all samples. A blend may name subsets of single folders too."""
@@ -28,10 +32,25 @@ class DataConfig:
     every sample of the data set is drawn equally often."""
     micro_batch_size: int = 1
     """Samples of one forward pass on one replica."""
-    bucket_micro_batch_sizes: dict[str, int] = field(default_factory=dict)
-    """Other micro-batch sizes for single buckets, so that small and large samples cost alike."""
+    bucket_micro_batch_sizes: dict[str, int] | Literal["auto"] = field(default_factory=dict)
+    """Other micro-batch sizes for single buckets, so that small and large samples cost alike. auto: sizes of about
+    equal FLOPs (arXiv 2502.10248, Eq. 12) with micro_batch_size samples on average, and never more tokens than
+    micro_batch_size of the longest samples have."""
     global_batch_size: int = 1
-    """Samples of one optimizer step over all replicas and accumulated micro-batches, counted at micro_batch_size."""
+    """Samples of one optimizer step over all replicas and accumulated micro-batches, counted at micro_batch_size;
+    without those of images_per_video."""
+    images_per_video: float | None = None
+    """Images drawn for every video (1.0: half of all samples are images), on top of global_batch_size, which then
+    counts videos alone; they even out what the videos cost on the replicas. Null: buckets of images are drawn like all
+    others."""
+    balance: Literal["auto", "cost", "none"] = "auto"
+    """How a step is shared out to replicas. cost: micro-batches of videos, then single images, each to the replica with
+    the least to do; replicas may get different numbers of micro-batches. none: micro-batches are dealt out in turn,
+    equally many to each. auto: cost, but for layouts whose replicas need equally many micro-batches (Megatron-FSDP,
+    interleaved stages, FP8 with delayed scaling). The samples of a step are the same in all."""
+    cost_profile: str | None = None
+    """YAML or JSON file of measured seconds by bucket, which balance then goes by; null: the cost model's FLOPs. Of
+    one sample (`68x192x320: 0.41`), or of micro-batches by size (`1x192x320: {8: 0.09, 16: 0.14}`)."""
     draw_size: int | None = None
     """Samples drawn together from one bucket; null for micro_batch_size. The order of the data depends on it and not
     on micro_batch_size: set it to keep the order when micro_batch_size has to change."""
@@ -60,6 +79,8 @@ class DataConfig:
         if self.max_corrupt_samples < 0:
             raise ValueError(f"max_corrupt_samples={self.max_corrupt_samples} must not be negative")
         self._check_sources()
+        if self.images_per_video is not None and not 0 < self.images_per_video < float("inf"):
+            raise ValueError(f"images_per_video={self.images_per_video} must be above 0, or null")
         _check_shares("caption_weights", self.caption_weights)
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"text_dropout={self.text_dropout} must be between 0 and 1")
@@ -79,14 +100,19 @@ class DataConfig:
         for name, weight in self.bucket_weights.items():
             if weight < 0:
                 raise ValueError(f"bucket_weights.{name}={weight} must not be negative")
-        for name, size in self.bucket_micro_batch_sizes.items():
+        sizes = self.bucket_micro_batch_sizes
+        for name, size in sizes.items() if isinstance(sizes, dict) else ():
             _check_positive(f"bucket_micro_batch_sizes.{name}", size)
 
     def _check_sources(self) -> None:
         if self.blend is not None and (self.shards or self.shard_weights):
-            raise ValueError(f"blend={self.blend} names the folders and their weights; leave shards and shard_weights out")
+            raise ValueError(
+                f"blend={self.blend} names the folders and their weights; leave shards and shard_weights out"
+            )
         if self.shard_weights and len(self.shard_weights) != len(self.shards):
-            raise ValueError(f"shard_weights has {len(self.shard_weights)} shares for {len(self.shards)} folders of shards")
+            raise ValueError(
+                f"shard_weights has {len(self.shard_weights)} shares for {len(self.shards)} folders of shards"
+            )
         _check_shares("shard_weights", dict(zip(self.shards, self.shard_weights, strict=False)))
         if self.subsets is not None and not self.subsets:
             raise ValueError("subsets=[] leaves nothing to train on; null takes all samples")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_video.config_io import config_to_dict
+from training.balance import loads_in_turn
+from training.balance_cost import Costs
 from training.checkpoint import TrainState, read_config
 from training.config import PretrainConfig, RunConfig
+from training.data_mix import group_size
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.optimizer import describe_adam
+from training.run_plan import mean_flops
+
+# Steps whose shares are averaged over for the line about balance.
+_BALANCE_STEPS = 8
 
 
 def describe_run(
@@ -30,9 +37,11 @@ def describe_run(
     yield _ranks(config, world, replicas)
     yield _model(config, count_parameters(model))
     yield from _precision(config)
-    yield _batch(config, replicas)
-    yield from _buckets(config, data, plan)
-    yield from _cost(config, data, plan, world)
+    flops = mean_flops(config.model, data)
+    yield _batch(config, plan)
+    yield _balance(plan, flops, replicas)
+    yield from _buckets(config, data, plan, flops)
+    yield from _cost(config, data, plan, flops, world)
     yield _latents(data)
 
 
@@ -107,30 +116,45 @@ def _precision(config: PretrainConfig) -> Iterator[str]:
     yield f"optimizer: {describe_adam()}"
 
 
-def _batch(config: PretrainConfig, replicas: int) -> str:
+def _batch(config: PretrainConfig, plan: DataPlan) -> str:
     data = config.data
-    accumulation = data.micro_batches_per_step // replicas
+    images = f" + {data.images_per_video} images for every video" if data.images_per_video else ""
+    sizes = sorted(set(plan.micro_batch_sizes.values()))
+    spread = f" ({sizes[0]} to {sizes[-1]} by bucket)" if len(sizes) > 1 else ""
     return (
-        f"global batch: {data.global_batch_size} samples = micro-batch {data.micro_batch_size} x DP {replicas} x "
-        f"accumulation {accumulation}; {data.samples_per_draw} samples of one bucket at a time"
+        f"global batch: {data.micro_batches_per_step} micro-batches of {data.micro_batch_size}{spread}{images} = "
+        f"{plan.samples_per_step():,.1f} samples on average; {data.samples_per_draw} samples of one bucket at a time"
     )
 
 
-def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> Iterator[str]:
+def _balance(plan: DataPlan, flops: Mapping[str, float], replicas: int) -> str:
+    """Of the first steps, by the same functions that share out every step."""
+    if plan.costs is None:
+        steps = [plan.step(step) for step in range(_BALANCE_STEPS)]
+        loads = [loads_in_turn(batches, replicas, Costs.of_flops(flops)) for batches in steps]
+        counts, how, unit = np.array([len(steps[0]) // replicas]), "in turn", "FLOP"
+    else:
+        dealings = [plan.dealing(step, replicas) for step in range(_BALANCE_STEPS)]
+        loads, counts = [dealing.loads for dealing in dealings], np.stack([d.micro_batches for d in dealings])
+        how, unit = "by cost", {"FLOP": "FLOP", "s": "measured seconds"}[plan.costs.unit]
+    many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    uneven = np.mean([load.max() / load.mean() for load in loads])
+    return f"replicas: DP {replicas}, dealt {how}: {many} micro-batches each, max / mean of {unit} {uneven:.3f}"
+
+
+def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan, flops: Mapping[str, float]) -> Iterator[str]:
     tokens, shares = data.tokens(config.model), plan.sample_shares()
     patch = config.model.patch_size
-    for name, samples in plan.buckets.items():
+    for name, group in data.buckets.items():
         shape = data.shapes[name]
         cut = f" / {patch}^2" if patch > 1 else ""
-        # Caption lengths differ; a thousand give the mean well enough for a printed line.
-        mean_flops = data.flops(config.model, name, samples[:1000]) / len(samples[:1000])
         drawn = shares[name] * plan.samples_per_step()
-        # After so many steps every sample of the bucket has been drawn once.
-        epoch = f"epoch every {len(samples) / drawn:,.1f} steps" if drawn else "never drawn"
+        # After so many steps every sample of the bucket has been drawn once on average.
+        epoch = f"epoch every {group_size(group) / drawn:,.1f} steps" if drawn else "never drawn"
         yield (
-            f"  bucket {name}: {len(samples):,} samples, {shape.frames} x {shape.height} x {shape.width}{cut} = "
-            f"{tokens[name]:,} tokens, {_scaled(mean_flops)}FLOP a sample, {shares[name]:.1%} of the samples, "
-            f"{epoch}"
+            f"  bucket {name}: {len(group):,} samples, {shape.frames} x {shape.height} x {shape.width}{cut} = "
+            f"{tokens[name]:,} tokens, {_scaled(flops[name])}FLOP a sample, micro-batches of "
+            f"{plan.micro_batch_sizes[name]}, {shares[name]:.1%} of the samples, {epoch}"
         )
     if data.absent_buckets:
         yield f"  not in the shards (data.buckets): {', '.join(data.absent_buckets)}"
@@ -138,14 +162,12 @@ def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> Iter
         yield f"  not used (data.buckets): {', '.join(data.unused_buckets)}"
 
 
-def _cost(config: PretrainConfig, data: TrainingData, plan: DataPlan, world: int) -> Iterator[str]:
+def _cost(
+    config: PretrainConfig, data: TrainingData, plan: DataPlan, flops: Mapping[str, float], world: int
+) -> Iterator[str]:
     tokens, shares, count = data.tokens(config.model), plan.sample_shares(), plan.samples_per_step()
-    per_sample = {
-        name: data.flops(config.model, name, samples[:1000]) / len(samples[:1000])
-        for name, samples in plan.buckets.items()
-    }
     # Expected over the mix of buckets; metrics.jsonl has the exact figure of every step.
-    step_flops = count * sum(shares[name] * per_sample[name] for name in shares)
+    step_flops = count * sum(shares[name] * flops[name] for name in shares)
     step_tokens = count * sum(shares[name] * tokens[name] for name in shares)
     steps = config.training.steps
     yield (

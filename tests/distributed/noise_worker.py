@@ -11,8 +11,8 @@ from megatron_video.device import initialize
 from megatron_video.parallel import data_parallel_rank, destroy_parallel, initialize_parallel
 from training.config import PretrainConfig
 from training.data import Batch
-from training.data_plan import DataPlan
 from training.data_set import TrainingData
+from training.run_plan import plan_run
 
 
 def batches_of_this_rank(overrides: list[str], steps: int) -> tuple[int, list[str]]:
@@ -23,7 +23,7 @@ def batches_of_this_rank(overrides: list[str], steps: int) -> tuple[int, list[st
     initialize_parallel(config.parallel, config.run.seed, initialize())
     try:
         data = TrainingData.open(config.data)
-        plan = DataPlan(data.buckets, config.data, config.run.seed, config.run.stage)
+        plan = plan_run(config, data)
         given = replica_batches(config, data, plan)
         return data_parallel_rank(), [digest(batch) for step in range(steps) for batch in given[step].batches]
     finally:

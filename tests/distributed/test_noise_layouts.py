@@ -19,9 +19,9 @@ from megatron_video.config_io import load_config
 from megatron_video.noise import NoiseSource
 from training.config import PretrainConfig
 from training.data import Batch, BatchBuilder, StepBatches
-from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.local_ranks import RankPool
+from training.run_plan import plan_run
 
 # 41 samples, 8 a step: every sample is drawn in at least two epochs.
 STEPS = 12
@@ -62,7 +62,7 @@ def step_batches(overrides: list[str], rank: int, size: int) -> StepBatches:
     data = TrainingData.open(config.data)
     noise = NoiseSource(config.run.seed, config.run.stage)
     builder = BatchBuilder(data, noise, config.flow, config.data.text_dropout, torch.float32, config.model)
-    return StepBatches(builder, DataPlan(data.buckets, config.data, config.run.seed, config.run.stage), rank, size)
+    return StepBatches(builder, plan_run(config, data), rank, size)
 
 
 def draws(overrides: list[str], rank: int = 0, size: int = 1) -> Iterator[Draw]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -162,12 +163,37 @@ def test_two_fields_are_varied_where_one_is_not_enough() -> None:
     assert all(is_valid(layout.changed(change)) for change in found)
 
 
-def test_suggested_batch_keeps_whole_draws() -> None:
-    config = load_config(
-        PretrainConfig, None, ["data.draw_size=4", "data.micro_batch_size=2", "data.global_batch_size=4"]
-    )
-    with pytest.raises(UserError, match=re.escape("nearest that work: data.global_batch_size=12, 24")):
+@pytest.mark.parametrize(("balance", "sizes"), [("auto", "8, 12, 16"), ("none", "12, 24")])
+def test_suggested_batch_keeps_whole_draws(balance: str, sizes: str) -> None:
+    fields = ["data.draw_size=4", "data.micro_batch_size=2", "data.global_batch_size=4", f"data.balance={balance}"]
+    config = load_config(PretrainConfig, None, fields)
+    with pytest.raises(UserError, match=re.escape(f"nearest that work: data.global_batch_size={sizes}")):
         config.data_parallel_size(3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "balances"),
+    [
+        ({}, True),
+        ({"use_distributed_optimizer": True}, True),
+        ({"pipeline_model_parallel_size": 2}, True),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, False),
+        ({"use_megatron_fsdp": True}, False),
+    ],
+)
+def test_automatic_balance_is_by_cost_where_replicas_may_differ(fields: dict[str, Any], balances: bool) -> None:
+    layout = Layout(ParallelConfig(**fields), balance="auto")
+    assert layout.balances_cost == balances
+    assert is_valid(layout)
+    assert is_valid(layout.changed({"data.balance": "cost"})) == balances
+    assert is_valid(layout.changed({"data.images_per_video": 1.0})) == balances
+
+
+def test_replicas_that_do_not_divide_the_batch_work_with_balance_by_cost() -> None:
+    layout = Layout(balance="auto", world_size=3, micro_batches=4)
+    check_layout(layout)
+    assert "equally many micro-batches; nearest that work" in refusal(layout.changed({"data.balance": "none"}))
+    assert "each of 5 replicas needs a micro-batch" in refusal(layout.changed({"world_size": 5}))
 
 
 def test_ring_takes_buckets_that_need_no_padding() -> None:
@@ -244,8 +270,8 @@ def pretrain(*overrides: str, world: int) -> str:
 
 def test_command_refuses_before_it_waits_for_other_ranks() -> None:
     """Nothing listens on the master's port: a rank that went to meet the others would not come back with this line."""
-    output = pretrain("data.global_batch_size=96", world=4)
-    assert output.startswith("error: data.global_batch_size=96, world_size=4:")
+    output = pretrain("data.global_batch_size=96", "data.balance=none", world=4)
+    assert output.startswith("error: data.global_batch_size=96, world_size=4, data.balance=none:")
     assert output.count("\n") == 1
 
 
