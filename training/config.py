@@ -17,6 +17,7 @@ from megatron_video.fp8 import Fp8Config
 from megatron_video.layout import Hardware, Layout
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig
+from training.checkpoint_config import CheckpointConfig
 from training.data_config import DataConfig as DataConfig
 from training.fault_config import FaultConfig
 from training.optimizer_config import AdamWConfig as AdamWConfig
@@ -135,6 +136,8 @@ class PretrainConfig:
     """Density of the training timesteps."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Length, precision, checkpoints, logs."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How checkpoints are written, checked and kept."""
     faults: FaultConfig = field(default_factory=FaultConfig)
     """End of the job's time, hangs, spikes, slow ranks."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

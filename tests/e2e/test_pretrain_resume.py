@@ -235,15 +235,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     assert (folder / "uninterrupted" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_half_written_checkpoint_is_skipped_with_a_message(
-    folder: Path, uninterrupted: dict[int, dict[str, Any]]
-) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(folder: Path, uninterrupted: dict[int, dict[str, Any]]) -> None:
     run_dir = folder / "uninterrupted"
     newest = run_dir / "checkpoints" / "step_00000040"
     data_file = next(newest.glob("*.distcp"))
     data_file.write_bytes(data_file.read_bytes()[:100])
     result = run(command(folder, "uninterrupted"))
+    assert result.returncode != 0
+    assert f"{newest} is damaged: {data_file.name} has 100 bytes" in result.stderr
+    newest.rename(run_dir / "checkpoints" / "put_away")
+    result = run(command(folder, "uninterrupted"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"ignoring {newest}: {data_file.name} has 100 bytes" in result.stderr
     assert f"continuing from {run_dir}/checkpoints/step_00000035" in result.stdout
     assert_same(metrics(run_dir)[2], uninterrupted)
