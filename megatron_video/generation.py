@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_video.dit import VideoDiT
+from megatron_video.dit.config import DiTConfig
 from megatron_video.sampler import VelocityFunction, sample_latents
 from megatron_video.text import TextStates, collate_text
 
 
+class Denoiser(Protocol):
+    """A VideoDiT, or what computes the same on several ranks."""
+
+    dit_config: DiTConfig
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Velocity, from the arguments of `VideoDiT.forward` by position."""
+
+
 def velocity_function(
-    model: VideoDiT, prompts: Sequence[TextStates], negative: TextStates, fps: float | None = None
+    model: Denoiser, prompts: Sequence[TextStates], negative: TextStates, fps: float | None = None
 ) -> VelocityFunction:
     """The model under fixed text, for `sample_latents`: rows are [prompt 0..b-1, negative x b] or the prompts alone.
 
     Args:
-        model: the whole DiT (one pipeline stage) in eval mode; under tensor parallelism all ranks call it alike.
+        model: the whole DiT in eval mode; all ranks that compute it together call it alike.
         prompts: text states of the b prompts, on the model's device.
         negative: text states that guidance moves away from; the empty caption is the null text.
         fps: frames per second, for a model that was trained with that condition.
@@ -43,7 +53,7 @@ def velocity_function(
 
 
 def generate_latents(
-    model: VideoDiT,
+    model: Denoiser,
     prompts: Sequence[TextStates],
     negative: TextStates,
     noise: Tensor,

@@ -56,7 +56,11 @@ EVENTS: dict[str, EventKind] = {
         ("slow_rank", "host", "coordinates", "phase", "seconds", "others_seconds", "ratio", "z_score"),
     ),
     "corrupt_sample": EventKind("a sample could not be read and was left out", ("key", "reason")),
-    "validation": EventKind("a validation was done", ("seconds",)),
+    "validation": EventKind(
+        "losses on held-out samples, by the name of the weights: loss, by_time (at quantiles of t), by_bucket",
+        ("seconds", "quantiles", "losses"),
+    ),
+    "samples": EventKind("sample videos were made", ("seconds", "folder", "weights")),
 }
 
 

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.distributed import DistributedDataParallelConfig, FullyShardedDataParallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    FullyShardedDataParallel,
+)
 from megatron.core.extensions.transformer_engine import TELinear
 from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor, nn
@@ -92,6 +96,12 @@ class FullyShardedDiT(FullyShardedDataParallel):
         # Weights that are gathered already would otherwise stay the old ones.
         self.module.synchronize_param_gather()
         self.module.install_optimized_model_weights()
+
+
+def bare_model(chunk: DistributedDataParallel | FullyShardedDiT) -> VideoDiT:
+    """The model inside of what shares its gradients over replicas."""
+    model: VideoDiT = chunk.dit if isinstance(chunk, FullyShardedDiT) else chunk.module
+    return model
 
 
 class _CalledAsModule(nn.Module):

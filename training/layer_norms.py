@@ -17,9 +17,8 @@ from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megatron_video.dit import VideoDiT
 from megatron_video.dit.context_parallel import TokenLayout
-from training.fsdp import FullyShardedDiT
+from training.fsdp import bare_model
 from training.main_parameters import MainParameter, main_parameters
 from training.optimizer import WrappedChunk
 
@@ -48,7 +47,7 @@ class LayerProbe:
     """
 
     def __init__(self, model: list[WrappedChunk], optimizer: MegatronOptimizer) -> None:
-        self._chunks = [_bare(chunk) for chunk in model]
+        self._chunks = [bare_model(chunk) for chunk in model]
         count = self._chunks[0].dit_config.num_layers
         ends = ("time_conditioning", "text_projection", "patch_embedding"), ("head",)
         names = [*ends[0], *(f"layers.{number}" for number in range(count)), *ends[1]]
@@ -120,7 +119,3 @@ def _square(tensor: Tensor) -> Tensor:
 def _part(parameter_name: str) -> str:
     first, second, *_ = parameter_name.split(".")
     return f"{first}.{second}" if first == "layers" else first
-
-
-def _bare(chunk: WrappedChunk) -> VideoDiT:
-    return chunk.dit if isinstance(chunk, FullyShardedDiT) else chunk.module

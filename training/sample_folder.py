@@ -147,18 +147,22 @@ class SampleBoard:
 
     def add(self, prompt: Prompt, frames: Frames, fps: float, step: int) -> None:
         """Add frames uint8 [T, H, W, 3] under the prompt's number, at the training step of the weights."""
-        picture = Summary.Image(
-            height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=animated_gif(frames, fps)
-        )
-        metadata = SummaryMetadata(display_name=f"{prompt.index:05d}", summary_description=prompt.text)
-        value = Summary.Value(tag=f"samples/{prompt.index:05d}", image=picture, metadata=metadata)
-        self._writer.add_summary(Summary(value=[value]), global_step=step)
+        self._writer.add_summary(video_summary(f"samples/{prompt.index:05d}", frames, fps, prompt.text), step)
         # Visible at once: sampling large videos takes minutes each.
         self._writer.flush()
 
     def close(self) -> None:
         """Finish the event file."""
         self._writer.close()
+
+
+def video_summary(tag: str, frames: Frames, fps: float, text: str) -> Summary:
+    """Frames uint8 [T, H, W, 3] as TensorBoard shows them under `tag`, with their prompt."""
+    picture = Summary.Image(
+        height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=animated_gif(frames, fps)
+    )
+    metadata = SummaryMetadata(display_name=tag.rpartition("/")[2], summary_description=text)
+    return Summary(value=[Summary.Value(tag=tag, image=picture, metadata=metadata)])
 
 
 def animated_gif(frames: Frames, fps: float) -> bytes:

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,8 @@ from training.time_bins import TIME_BINS, bin_label
 
 if TYPE_CHECKING:
     from training.layer_norms import LayerNorms
+    from training.sample_folder import SampleFolder
+    from training.validation import ValidationLosses
 
 # Those whose version can change a number.
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "safetensors", "webdataset", "tensorboard")
@@ -120,6 +122,36 @@ class Telemetry:
             self._board_layers(metrics.layer_norms, metrics.step)
         if memory is not None:
             self._report(memory)
+
+    def log_validation(self, step: int, losses: Mapping[str, ValidationLosses], seconds: float) -> None:
+        """Show the losses on held-out samples, by the name of the weights; events.jsonl has every figure."""
+        if not self.active:
+            return
+        for weights, found in losses.items():
+            self._board.add_scalar(f"validation/{weights}", found.loss, step)
+            for number, loss in enumerate(found.by_time, 1):
+                self._board.add_scalar(f"validation_by_time_{weights}/quantile_{number:02d}", loss, step)
+            for bucket, row in found.by_bucket.items():
+                self._board.add_scalar(f"validation_by_bucket_{weights}/{bucket}", sum(row) / len(row), step)
+        self._board.flush()
+        shown = ", ".join(f"{found.loss:.4f} ({weights} weights)" for weights, found in losses.items())
+        self.say(f"step {step}: validation loss {shown} in {seconds:.1f} s")
+
+    def log_samples(self, step: int, folder: SampleFolder, fps: float, seconds: float) -> None:
+        """Show sample videos in TensorBoard."""
+        if not self.active:
+            return
+        # Here, as for the board: they take a second to import.
+        from megatron_video.video_io import read_frames
+        from training.sample_folder import video_summary
+
+        writer: Any = self._board.file_writer
+        for prompt in folder.prompts:
+            # As they lie on disk: other ranks made some of them.
+            frames = read_frames(folder.file(prompt))
+            writer.add_summary(video_summary(f"samples/{prompt.index:05d}", frames, fps, prompt.text), step)
+        self._board.flush()
+        self.say(f"step {step}: {len(folder.prompts)} samples in {folder.path} in {seconds:.1f} s")
 
     def say(self, text: str) -> None:
         """One line on the console, with the time."""

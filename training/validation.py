@@ -100,6 +100,11 @@ class Validation:
         """Micro-batches of one validation over all replicas."""
         return len(self._batches)
 
+    @property
+    def sample_count(self) -> int:
+        """Held-out samples in use."""
+        return sum(len(batch.planned.samples) for batch in self._batches) // len(self.probabilities)
+
     @torch.no_grad()
     def run(self, model: list[WrappedChunk]) -> ValidationLosses:
         """Evaluate the weights that `model` has now; all ranks call it together."""
