@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "text": ("training.build_text_encoders", "build small text encoders and their tokenizers from captions"),
     "vae": ("training.train_vae", "train the Video-VAE on clips"),
     "pretrain": ("training.pretrain", "train the DiT (under torchrun for several ranks)"),
+    "curriculum": ("training.curriculum", "train the DiT in stages, each from the weights of the one before"),
     "ckpt": ("checkpoints_tools.cli", "convert and verify checkpoints"),
     "sample": ("training.sample", "prompts -> mp4 videos and contact sheets"),
     "measure": ("training.measure_shapes", "colour and direction of generated shape videos against their prompts"),

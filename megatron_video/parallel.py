@@ -92,8 +92,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int, device_info: Device
     from megatron_video.layout_rules import check_layout
 
     check_layout(Layout(parallel, world_size=launched_ranks()))
-    if not dist.is_initialized():
-        _start_distributed(device_info)
+    start_distributed(device_info)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -110,7 +109,10 @@ def launched_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _start_distributed(device_info: DeviceInfo) -> None:
+def start_distributed(device_info: DeviceInfo) -> None:
+    """Start torch.distributed if it is not running: with torchrun's ranks, or with this process alone."""
+    if dist.is_initialized():
+        return
     timeout = timedelta(minutes=30)
     if "RANK" in os.environ:
         dist.init_process_group(device_info.backend, timeout=timeout)

@@ -22,17 +22,31 @@ MODEL_OVERRIDES = [
 ]
 
 
-def write_tiny_shards(folder: Path, counts: dict[str, int] | None = None, seed: int = 0) -> Path:
-    """Shards with `counts` samples per bucket (17x48x48, 17x48x64 and 1x48x48 unless told otherwise)."""
+def write_tiny_shards(
+    folder: Path, counts: dict[str, int] | None = None, seed: int = 0, learnable: bool = False
+) -> Path:
+    """Shards with `counts` samples per bucket (17x48x48, 17x48x64 and 1x48x48 unless told otherwise).
+
+    Latents are noise, or with `learnable` a ramp over channels and columns, the same in every bucket.
+    """
     counts = counts or {"17x48x48": 20, "17x48x64": 12, "1x48x48": 9}
     generator = torch.Generator().manual_seed(seed)
     for number, (name, count) in enumerate(counts.items()):
         with ShardWriter(folder, shard_name(number)) as writer:
             for index in range(count):
-                writer.add(_sample(f"{name}-{seed}-{index}", name, generator), parse_bucket(name))
+                sample = _sample(f"{name}-{seed}-{index}", name, generator)
+                writer.add(_with_ramp(sample) if learnable else sample, parse_bucket(name))
     write_null_text(folder, torch.randn(2, LLM_DIM, generator=generator), torch.zeros(CLIP_SLOTS, CLIP_DIM))
     finish_dataset(folder, DatasetInfo("vae", "text", LATENT_CHANNELS, LLM_DIM, CLIP_DIM, CLIP_SLOTS))
     return folder
+
+
+def _with_ramp(sample: ShardSample) -> ShardSample:
+    frames, _, height, width = sample.moments.shape
+    ramp = torch.linspace(-1, 1, LATENT_CHANNELS)[:, None] + torch.linspace(-1, 1, width)
+    mean = ramp[None, :, None].expand(frames, LATENT_CHANNELS, height, width)
+    # A narrow posterior: what is drawn from it hardly differs from the mean.
+    return sample._replace(moments=torch.cat([mean, torch.full_like(mean, -6.0)], dim=1))
 
 
 def _sample(key: str, bucket: str, generator: torch.Generator) -> ShardSample:

@@ -17,7 +17,7 @@ from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.layout import Hardware
 from megatron_video.layout_rules import check_layout
-from megatron_video.parallel import launched_ranks
+from megatron_video.parallel import ParallelConfig, launched_ranks
 from training.config import PRESET_DIR, PretrainConfig
 
 
@@ -28,13 +28,22 @@ def main(argv: Sequence[str]) -> int:
     if arguments.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
+    return run_training(config)
+
+
+def run_training(config: PretrainConfig, keep_distributed: bool = False) -> int:
+    """Start the ranks' process groups, train, and tear the groups down; `keep_distributed`: but for torch's own.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: a layout, data or a checkpoint that cannot work.
+    """
     # Before any process group starts, and before anything slow.
     ranks, hardware = launched_ranks(), Hardware.detect()
     check_layout(config.layout(ranks, hardware))
-    # megatron-core asks for it: with one queue, communication starts in the order in which it was issued. Megatron-FSDP
-    # asks for more, so that its gathers run beside the computation.
-    if not config.parallel.use_megatron_fsdp:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_device_environment(config.parallel)
     # The device comes first: it decides what the imports below may assume. They also take seconds.
     from megatron_video.device import initialize
 
@@ -51,7 +60,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         return train(config, data, device)
     finally:
-        destroy_parallel()
+        destroy_parallel(keep_distributed)
+
+
+def set_device_environment(parallel: ParallelConfig) -> None:
+    """Set what CUDA reads once, when it starts."""
+    # megatron-core asks for it: with one queue, communication starts in the order in which it was issued. Megatron-FSDP
+    # asks for more, so that its gathers run beside the computation.
+    if not parallel.use_megatron_fsdp:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
