@@ -67,6 +67,9 @@ class EMAConfig:
     decay: float | None = None
     """Share of the average that survives a step, e.g. 0.9999 (an average over about 1 / (1 - decay) steps); null keeps
     no average. It costs 4 bytes a parameter, divided over the replicas with use_distributed_optimizer."""
+    device: Literal["same", "cpu"] = "same"
+    """Where the averages are: on the device of the weights, or in host memory (8 bytes a parameter there, divided
+    alike, and none on the device), where a thread moves them while training goes on."""
 
     def __post_init__(self) -> None:
         """Refuse a decay that averages nothing or never moves.

@@ -13,7 +13,7 @@ from megatron_video.errors import UserError
 from megatron_video.parallel import ParallelConfig, one_process
 from training.checkpoint import TrainState, load_checkpoint, load_model_weights, save_checkpoint, step_folder
 from training.config import AdamWConfig, EMAConfig, PretrainConfig
-from training.ema import EMA
+from training.ema import EMA, HostEMA, build_ema
 from training.main_parameters import main_parameters
 from training.optimizer import build_optimizer, wrap_data_parallel
 
@@ -40,10 +40,11 @@ def build(parallel: ParallelConfig, dtype: torch.dtype, seed: int = 0) -> tuple[
     return chunks, model, build_optimizer(model, AdamWConfig(), parallel)
 
 
+@pytest.mark.parametrize("kind", [EMA, HostEMA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_averages_follow_the_fp32_weights(parallel: ParallelConfig, dtype: torch.dtype) -> None:
+def test_averages_follow_the_fp32_weights(parallel: ParallelConfig, dtype: torch.dtype, kind: type[EMA]) -> None:
     _, _, optimizer = build(parallel, dtype)
-    ema = EMA(optimizer, DECAY)
+    ema = kind(optimizer, DECAY)
     mains = [item.main for item in main_parameters(optimizer)]
     expected = [main.detach().double().clone() for main in mains]
     for _ in range(4):
@@ -89,6 +90,33 @@ def test_a_checkpoint_without_averages_starts_them_and_refuses_to_sample_them(
         assert torch.equal(average, item.main)
     with pytest.raises(UserError, match="holds no averaged weights"):
         load_model_weights(step_folder(tmp_path, 1), chunks, averaged=True)
+
+
+def test_averages_in_host_memory_are_the_same_and_change_places_with_the_others(
+    parallel: ParallelConfig, tmp_path: Path
+) -> None:
+    _, model, optimizer = build(parallel, torch.bfloat16)
+    averages = [build_ema(EMAConfig(decay=DECAY, device=device), optimizer) for device in ("same", "cpu")]
+    assert [type(ema) for ema in averages] == [EMA, HostEMA]
+    for _ in range(5):
+        for item in main_parameters(optimizer):
+            item.main.data.add_(torch.randn_like(item.main) * 1e-3)
+        for ema in averages:
+            ema.update()
+    here, on_host = ([average.clone() for average in ema.averages] for ema in averages)
+    assert all(torch.equal(a, b) for a, b in zip(here, on_host, strict=True))
+    # Saved from one, loaded into the other, both ways.
+    config = PretrainConfig(model=DiTConfig(**MODEL))
+    for step, (source, target) in enumerate([averages, averages[::-1]]):
+        save_checkpoint(tmp_path, model, optimizer, TrainState(step=step), config, ema=source)
+        for average in target.averages:
+            average.zero_()
+        load_checkpoint(step_folder(tmp_path, step), model, optimizer, target)
+        assert all(torch.equal(a, b) for a, b in zip(here, target.averages, strict=True))
+
+
+def test_an_average_without_a_decay_is_none(parallel: ParallelConfig) -> None:
+    assert build_ema(EMAConfig(), build(parallel, torch.float32)[2]) is None
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -1.0])
