@@ -21,7 +21,9 @@ from training.checkpoint_config import CheckpointConfig
 from training.data_config import DataConfig as DataConfig
 from training.fault_config import FaultConfig
 from training.optimizer_config import AdamWConfig as AdamWConfig
+from training.sample_videos_config import SampleVideosConfig
 from training.telemetry_config import TelemetryConfig
+from training.validation_config import ValidationConfig
 
 PRESET_DIR = Path(__file__).parent / "configs" / "pretrain"
 
@@ -145,6 +147,10 @@ class PretrainConfig:
     """End of the job's time, hangs, spikes, slow ranks."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     """Measurements beside the steps."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Loss on held-out samples."""
+    samples: SampleVideosConfig = field(default_factory=SampleVideosConfig)
+    """Sample videos during training."""
 
     def __post_init__(self) -> None:
         """Refuse contradictions between the groups.
@@ -164,6 +170,12 @@ class PretrainConfig:
             raise ValueError(
                 f"optimizer.warmup_steps={warmup} and the {fall} steps of its decay are more than training.steps="
                 f"{self.training.steps}; shorten one of them"
+            )
+        uses_averages = any(group.every and group.ema for group in (self.validation, self.samples))
+        if uses_averages and self.ema.decay is not None and self.fp8.param_gather:
+            raise ValueError(
+                "validation.ema and samples.ema put the averaged weights in the place of the trained ones and back, "
+                "which weights kept in FP8 (fp8.param_gather=true) may not survive unchanged; set both to false"
             )
 
     def layout(
