@@ -19,11 +19,12 @@ from training.config import PretrainConfig
 from training.data import BatchBuilder, StepBatches
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
-from training.ema import EMA
+from training.ema import build_ema
 from training.events import EventLog, read_events
 from training.initial_state import take_initial_optimizer, take_initial_weights
 from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
+from training.rank_table import RankTable
 from training.run_plan import plan_run
 from training.startup import describe_changes, describe_run
 from training.stop_signal import StopSignal
@@ -34,13 +35,15 @@ from training.trainer import Trainer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> Trainer:
+def build_trainer(
+    config: PretrainConfig, data: TrainingData, device: DeviceInfo, phases: Phases, ranks: RankTable
+) -> Trainer:
     """Build data order, model and optimizer, and bring them to where the run stands."""
     plan = plan_run(config, data)
     check_position_count(config, data, plan.micro_batch_sizes)
     # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
     identity = {"data set": data.fingerprint(), **plan.identity()}
-    found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints")
+    found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints", config.checkpoint)
     # Before the model is built: a refusal should come in the first seconds.
     if found is not None:
         checkpoint.check_same_model(found, config.model)
@@ -61,7 +64,7 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
     # Before the averages start from the weights.
     if found is None:
         take_initial_optimizer(config.run, model, optimizer)
-    ema = None if config.ema.decay is None else EMA(optimizer, config.ema.decay)
+    ema = build_ema(config.ema, optimizer)
     state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.
@@ -71,11 +74,13 @@ def build_trainer(config: PretrainConfig, data: TrainingData, device: DeviceInfo
         telemetry.say(line)
     batches = replica_batches(config, data, plan)
     events = start_events(config, found, state)
-    phases, stop = Phases(device.device), stop_signal(config)
+    stop = stop_signal(config)
     # Up to here a replica's time is its own; from here on it waits for the others.
     settings = get_model_config(model[0])
     settings.finalize_model_grads_func = phases.entering("reduce", settings.finalize_model_grads_func)
-    return Trainer(config, data, plan, model, optimizer, state, telemetry, batches, ema, device, events, phases, stop)
+    return Trainer(
+        config, data, plan, model, optimizer, state, telemetry, batches, ema, device, events, phases, stop, ranks
+    )
 
 
 def check_position_count(config: PretrainConfig, data: TrainingData, sizes: Mapping[str, int]) -> None:

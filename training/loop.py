@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_video.device import DeviceInfo
 from training.build_trainer import build_trainer
 from training.config import PretrainConfig
 from training.data_set import TrainingData
+from training.phases import Phases
+from training.rank_table import gather_rank_table
 from training.stop_signal import REQUEUE_EXIT_CODE
 from training.telemetry import StepMetrics, Stopwatch
 from training.time_bins import mean_by_time
 from training.train_step import train_step
 from training.trainer import Trainer
+from training.watchdog import Watchdog
 
 
 def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int:
@@ -23,19 +28,22 @@ def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int
         UserError: the checkpoint does not fit the configuration.
         RuntimeError: too many steps in a row were refused for non-finite values.
     """
-    trainer = build_trainer(config, data, device)
-    try:
-        with trainer.stop:
-            reason = run_steps(trainer)
-    except BaseException as error:
-        trainer.close("failed", repr(error))
-        raise
-    trainer.close("finished" if trainer.finished else "stopped", reason)
+    phases, ranks = Phases(device.device), gather_rank_table()
+    with Watchdog(config.faults, phases, ranks, Path(config.run.output_dir)):
+        trainer = build_trainer(config, data, device, phases, ranks)
+        try:
+            with trainer.stop:
+                reason = run_steps(trainer)
+                trainer.finish_saves()
+        except BaseException as error:
+            trainer.close("failed", repr(error))
+            raise
+        trainer.close("finished" if trainer.finished else "stopped", reason)
     return 0 if trainer.finished else REQUEUE_EXIT_CODE
 
 
 def run_steps(trainer: Trainer) -> str:
-    """Train to the last step, or until a stop is asked for; the state is saved when this returns.
+    """Train to the last step, or until a stop is asked for; the last save has begun when this returns.
 
     Returns:
         Why it returned.

@@ -37,6 +37,7 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self.heartbeat = Heartbeat("start", 0, time.monotonic())
+        self.is_first_step = True
         self._on_device = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         # Ends and beginnings of device phases; read when they are long past.
@@ -45,6 +46,8 @@ class Phases:
     def enter(self, phase: str, step: int | None = None) -> None:
         """The loop begins `phase`; without `step` it is still in the same one."""
         before, now = self.heartbeat, time.monotonic()
+        # The loop reports after every step.
+        self.is_first_step &= phase != "report"
         # One assignment: the watchdog's thread never sees half of it.
         self.heartbeat = Heartbeat(phase, before.step if step is None else step, now)
         if not self._on_device or before.phase not in DEVICE_PHASES:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_video.device import DeviceInfo
-from training import checkpoint
 from training.checkpoint import TrainState
+from training.checkpoint_saver import CheckpointSaver, SaveReport
 from training.config import PretrainConfig
 from training.data import StepBatches, StepData, iterate_steps
 from training.data_plan import DataPlan
@@ -21,8 +21,9 @@ from training.events import EventLog
 from training.layer_norms import LayerProbe
 from training.optimizer import learning_rate, set_learning_rate
 from training.phases import Phases
+from training.rank_table import RankTable
 from training.stop_signal import StopSignal
-from training.telemetry import Stopwatch, Telemetry
+from training.telemetry import Telemetry
 from training.train_step import StepResult
 
 
@@ -44,6 +45,13 @@ class Trainer:
     """Also on other ranks than 0: what happened to one rank is written there."""
     phases: Phases
     stop: StopSignal
+    ranks: RankTable
+    saver: CheckpointSaver = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Saves belong to the run as a whole; all ranks make theirs together."""
+        settings, keep = self.config.checkpoint, self.config.training.keep_checkpoints
+        self.saver = CheckpointSaver(Path(self.config.run.output_dir), settings, keep, self._tell_saved)
 
     @property
     def finished(self) -> bool:
@@ -81,28 +89,27 @@ class Trainer:
         return asked or self.state.step % self.config.training.save_every == 0 or self.finished
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Begin a checkpoint of this moment; it is written while training goes on.
+
+        Raises:
+            CheckpointError: on all ranks; the one before failed, and checkpoint.on_error is to stop.
+        """
         self.phases.enter("checkpoint", self.state.step)
-        watch = Stopwatch()
+        if self.saver.busy:
+            self.telemetry.say(f"the checkpoint of step {self.state.step} waits for the one before it")
         # For the reader of train_state.json; a resume needs the step alone.
         self.state.consumed_samples = self.plan.consumed(self.state.step)
-        folder = checkpoint.save_checkpoint(
-            Path(self.config.run.output_dir),
-            self.model,
-            self.optimizer,
-            self.state,
-            self.config,
-            self.config.training.keep_checkpoints,
-            self.ema,
-        )
-        seconds = watch.lap()
-        self.stop.saw_save(seconds)
-        self.telemetry.say(f"saved {folder} in {seconds:.1f} s")
-        if self.telemetry.active:
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            self.events.record(
-                "save", self.state.step, checkpoint=folder, seconds=seconds, blocked_seconds=seconds, bytes=size
-            )
+        self.saver.save(self.model, self.optimizer, self.state, self.config, self.ema)
+        self.stop.between_steps()
+
+    def finish_saves(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: on all ranks; there is none.
+        """
+        self.phases.enter("checkpoint", self.state.step)
+        self.saver.finish()
 
     def count(self, result: StepResult) -> None:
         """Note that a step is done, and let the averages follow the weights.
@@ -125,10 +132,21 @@ class Trainer:
             )
 
     def close(self, state: str, reason: str) -> None:
-        """Leave the verdict of this life in status.json and events.jsonl."""
+        """Leave the verdict of this life in status.json and events.jsonl; a save under way is let finish."""
+        self.saver.drain()
         self.telemetry.close(state, self.state.step)
         if self.telemetry.active:
             self.events.record("stop", self.state.step, state=state, reason=reason)
+
+    def _tell_saved(self, report: SaveReport) -> None:
+        """On rank 0, from the thread of the save."""
+        self.telemetry.say(str(report))
+        if report.error is not None:
+            self.events.record("save_failed", report.step, checkpoint=report.folder, reason=report.error)
+            self.stop.save_failed = self.config.checkpoint.on_error == "stop"
+            return
+        self.stop.saw_save(report.seconds)
+        self.events.record("save", report.step, **report.details())
 
     def _tell_refused(self, result: StepResult) -> None:
         limit = self.config.training.max_refused_steps
