@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ _SCHEME = "megatron-video-noise-1"
 
 
 class NoiseSource:
-    """Timesteps, noise, posterior draws and text dropout of the samples of one training stage.
+    """Timesteps, noise, posterior draws, kinds of captions and text dropout of the samples of one training stage.
 
     Args:
         seed: the run's seed.
@@ -49,6 +49,14 @@ class NoiseSource:
     def drop_text(self, epoch: int, sample: int, probability: float) -> bool:
         """Whether this draw of the sample trains without its caption (for classifier-free guidance)."""
         return self.generator("drop_text", epoch, sample).random() < probability
+
+    def caption(self, epoch: int, sample: int, shares: Mapping[str, float]) -> str:
+        """Which kind of its captions this draw of the sample trains with, by their `shares`, which sum to anything."""
+        kinds = sorted(shares)
+        ends = np.cumsum([shares[kind] for kind in kinds])
+        place = self.generator("caption", epoch, sample).random() * ends[-1]
+        # The last with a share, should rounding put the place at the very end.
+        return kinds[min(int(np.searchsorted(ends, place, side="right")), len(kinds) - 1)]
 
     def dropout_seed(self, epoch: int, sample: int) -> int:
         """Seed in [0, 2^63) of the dropout masks of one draw of one sample (`megatron_video.dit.dropout`)."""

@@ -63,8 +63,8 @@ from megatron_video.shard_tar import ShardTar
 
 _OPEN_SHARDS = 64
 _ROW_GROUP = 1 << 18
-# Seconds before a sample is read again.
-_PAUSES = (0.2, 0.8, 3.0)
+# Seconds before a sample is read again; four times as many before each further time.
+_FIRST_PAUSE = 0.2
 
 
 class ShardWriter:
@@ -230,13 +230,13 @@ class ShardDataset:
         return f"{self.folder / row.shard}: sample {row.key}"
 
     def _payloads(self, row: IndexRow) -> dict[str, bytes]:
-        for pause in _PAUSES[: self.read_attempts - 1]:
+        for attempt in range(self.read_attempts - 1):
             try:
                 return self._read_once(row)
             except DamagedSampleError:
                 # A hiccup of the network ends, and another descriptor may see another server.
                 self._forget(row.shard)
-                time.sleep(pause)
+                time.sleep(_FIRST_PAUSE * 4**attempt)
         return self._read_once(row)
 
     def _read_once(self, row: IndexRow) -> dict[str, bytes]:

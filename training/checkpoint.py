@@ -51,6 +51,8 @@ class TrainState:
     """Steps whose update was refused for a non-finite loss or gradient."""
     refused_in_a_row: int = 0
     """Of which the last ones without a good step between them."""
+    corrupt_samples: int = 0
+    """Samples that could not be read and were left out, all replicas together."""
     averages_weights: bool = False
     """Whether the checkpoint holds an exponential moving average of the weights."""
     consumed_samples: dict[str, int] = field(default_factory=dict)

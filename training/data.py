@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_video.dit.config import DiTConfig
 from megatron_video.flow_matching import TimeDensity, interpolate, velocity
 from megatron_video.noise import NoiseSource
-from megatron_video.shard_schema import ShardSample
+from megatron_video.shard_schema import DamagedSampleError, ShardSample, Text
 from megatron_video.vae import sample_posterior
 from training.data_plan import DataPlan, PlannedBatch
 from training.data_set import TrainingData
@@ -45,6 +45,14 @@ class Batch:
     """[b] fp32 frames per second, for models with additional conditions."""
     dropout_seeds: Tensor | None = None
     """[b] int64, for models with dropout."""
+    counted: bool = True
+    """Whether it counts in loss and gradient; see BatchBuilder.stand_in."""
+
+    def select(self, rows: list[int]) -> Batch:
+        """The same batch with these rows alone, padded as if they had been batched alone."""
+        slots = 0 if self.clip_states is None else self.clip_states.shape[1]
+        chosen = self._map(lambda tensor: tensor[rows])
+        return replace(chosen, llm_states=chosen.llm_states[:, : int(chosen.text_lengths.max()) - slots])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -57,9 +65,10 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     # Optional tensors stay None.
-    def _map(self, function: Any) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+        changed: dict[str, Any] = {name: function(old) for name, old in values.items() if isinstance(old, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -79,10 +88,35 @@ class BatchBuilder:
         Raises:
             UserError: a sample is damaged, or its latent does not fit its bucket.
         """
-        # Row r of every tensor below belongs to sample r of the plan.
         drawn = zip(planned.samples, planned.epochs, strict=True)
-        rows = [self._row(int(sample), int(epoch)) for sample, epoch in drawn]
-        samples = [row.sample for row in rows]
+        return self._collate([self._row(int(sample), int(epoch)) for sample, epoch in drawn])
+
+    def build_readable(self, planned: PlannedBatch) -> tuple[Batch | None, dict[int, str]]:
+        """The batch of the samples that can be read (None: there is none), and why not by row of those that cannot."""
+        rows, damaged = [], {}
+        for number, (sample, epoch) in enumerate(zip(planned.samples, planned.epochs, strict=True)):
+            try:
+                rows.append(self._row(int(sample), int(epoch)))
+            except DamagedSampleError as error:
+                damaged[number] = str(error)
+        return self._collate(rows) if rows else None, damaged
+
+    def stand_in(self, planned: PlannedBatch) -> Batch:
+        """One sample of the batch's shape that counts for nothing, where none of its own can be read.
+
+        The schedule goes on with as many micro-batches as planned, on all ranks.
+        """
+        sample, epoch = int(planned.samples[0]), int(planned.epochs[0])
+        shape = self.data.shapes[planned.bucket]
+        channels = self.data.datasets[0].rows.info.latent_channels
+        noise = self.noise.noise(epoch, sample, (shape.frames, channels, shape.height, shape.width))
+        llm, clip = self.data.null_text
+        # On the path from noise to the same noise: finite everywhere, with a target of zero.
+        row = _Row(0.0, 0.5, noise, noise, llm, clip, self.noise.dropout_seed(epoch, sample))
+        return replace(self._collate([row]), counted=False)
+
+    def _collate(self, rows: list[_Row]) -> Batch:
+        # Row r of every tensor below belongs to rows[r].
         time = torch.tensor([row.time for row in rows], dtype=torch.float32)
         data, noise = torch.stack([row.data for row in rows]), torch.stack([row.noise for row in rows])
         # Stored without padding; a batch is padded only as far as its own longest caption, which costs the least.
@@ -99,7 +133,7 @@ class BatchBuilder:
             clip_states=clip_states,
             text_lengths=torch.tensor([slots + len(row.llm) for row in rows]),
             target=velocity(noise, data),
-            fps=torch.tensor([float(s.metadata["fps"]) for s in samples]) if with_fps else None,
+            fps=torch.tensor([row.fps for row in rows]) if with_fps else None,
             dropout_seeds=torch.tensor([row.dropout_seed for row in rows]) if self.model.hidden_dropout else None,
         )
 
@@ -110,12 +144,9 @@ class BatchBuilder:
         shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
         # Of this sample alone, whatever it is batched with.
         tokens = moments.shape[0] * moments[0, 0].numel() // self.model.patch_size**2
-        llm, clip = stored.llm, stored.clip
-        # The encoded empty caption, not zeros: sampling guides against the same states.
-        if self.noise.drop_text(epoch, sample, self.text_dropout):
-            llm, clip = self.data.null_text
+        llm, clip = self._text(stored, sample, epoch)
         return _Row(
-            sample=stored,
+            fps=float(stored.metadata["fps"]) if self.model.use_additional_conditions else 0.0,
             time=self.noise.timestep(epoch, sample, self.density.for_tokens(tokens)),
             data=sample_posterior(moments, self.noise.posterior(epoch, sample, shape)),
             noise=self.noise.noise(epoch, sample, shape),
@@ -124,16 +155,38 @@ class BatchBuilder:
             dropout_seed=self.noise.dropout_seed(epoch, sample),
         )
 
+    def _text(self, stored: ShardSample, sample: int, epoch: int) -> Text:
+        # The encoded empty caption, not zeros: sampling guides against the same states.
+        if self.noise.drop_text(epoch, sample, self.text_dropout):
+            return self.data.null_text
+        weights = self.data.caption_weights
+        shares = {kind: weights[kind] for kind in stored.captions if weights.get(kind)}
+        if not shares:
+            return stored.llm, stored.clip
+        return stored.captions[self.noise.caption(epoch, sample, shares)]
+
 
 @dataclass(frozen=True)
 class _Row:
-    sample: ShardSample
+    fps: float
     time: float
     data: Tensor
     noise: Tensor
     llm: Tensor
     clip: Tensor
     dropout_seed: int
+
+
+@dataclass(frozen=True)
+class CorruptSample:
+    """A sample that could not be read."""
+
+    batch: int
+    """Micro-batch of the replica's part of the step, ..."""
+    row: int
+    """... and place in it as planned."""
+    sample: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -144,6 +197,10 @@ class StepData:
     samples: int
     tokens: int
     flops: float
+    planned: list[PlannedBatch]
+    """What the batches were built from."""
+    corrupt: list[CorruptSample] = field(default_factory=list)
+    """Samples that this rank could not read; after the replica's agreement, those that this rank tells of."""
 
     def pin_memory(self) -> StepData:
         """The same with batches in page-locked memory."""
@@ -153,20 +210,36 @@ class StepData:
 class StepBatches(Dataset[StepData]):
     """Item k: the data of step k for one replica."""
 
-    def __init__(self, builder: BatchBuilder, plan: DataPlan, rank: int, size: int) -> None:
+    def __init__(
+        self, builder: BatchBuilder, plan: DataPlan, rank: int, size: int, leave_out_corrupt: bool = False
+    ) -> None:
         self.builder, self.plan, self.rank, self.size = builder, plan, rank, size
-
+        self.leave_out_corrupt = leave_out_corrupt
         self._tokens = builder.data.tokens(builder.model)
 
     def __getitem__(self, step: int) -> StepData:
         # All replicas plan the whole step; the sizes of the global batch then need no communication.
         planned, data, model = self.plan.step(step), self.builder.data, self.builder.model
+        own = self.plan.deal(planned, self.rank, self.size)
+        batches, corrupt = self._build(own)
         return StepData(
-            batches=[self.builder.build(batch) for batch in self.plan.deal(planned, self.rank, self.size)],
+            batches=batches,
+            planned=own,
+            corrupt=corrupt,
             samples=sum(len(batch.samples) for batch in planned),
             tokens=sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
             flops=sum(data.flops(model, batch.bucket, batch.samples) for batch in planned),
         )
+
+    def _build(self, own: list[PlannedBatch]) -> tuple[list[Batch], list[CorruptSample]]:
+        if not self.leave_out_corrupt:
+            return [self.builder.build(planned) for planned in own], []
+        batches, corrupt = [], []
+        for number, planned in enumerate(own):
+            batch, reasons = self.builder.build_readable(planned)
+            batches.append(batch or self.builder.stand_in(planned))
+            corrupt += [CorruptSample(number, row, int(planned.samples[row]), why) for row, why in reasons.items()]
+        return batches, corrupt
 
 
 def iterate_steps(

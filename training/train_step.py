@@ -42,6 +42,8 @@ class StepResult:
     """The loss apart by t, in TIME_BINS equal parts of [0, 1): squared errors of the global batch, ..."""
     positions_by_time: list[int]
     """... and latent positions."""
+    corrupt_samples: int = 0
+    """Samples of the global batch that could not be read and were left out."""
     layer_norms: LayerNorms | None = None
     """Where they were asked for."""
 
@@ -53,8 +55,12 @@ def train_step(
     stop_flags: Sequence[bool] = (),
     phases: Phases | None = None,
     probe: LayerProbe | None = None,
+    corrupt_samples: int = 0,
 ) -> StepResult:
-    """Train on this replica's micro-batches of one global batch; with `probe`, on all ranks, measure its layers."""
+    """Train on this replica's micro-batches of one global batch; with `probe`, on all ranks, measure its layers.
+
+    `corrupt_samples`: of the samples that were left out, those that this rank tells of.
+    """
     # Gradients live in the buffers of the data-parallel wrapper, which accumulate over micro-batches.
     phases = phases or Phases(torch.device("cpu"))
     phases.enter("forward_backward")
@@ -69,7 +75,7 @@ def train_step(
     gradients = ReadyGradients.prepare(optimizer)
     layer_norms = None if probe is None else probe.finish()
     # All ranks learn here what all ranks found, before any weight changes.
-    result = _agree(sums_and_counts, gradients.norm, stop_flags)
+    result = _agree(sums_and_counts, gradients.norm, stop_flags, corrupt_samples)
     phases.enter("update")
     if not result.refused:
         gradients.apply()
@@ -139,7 +145,7 @@ def run_schedule(
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
     """megatron-core's forward step: the model's output (hidden states before the last stage) and the loss to apply."""
     batch = next(batches).to(torch.device(next(model.parameters()).device))
-    return predict(batch, model), functools.partial(velocity_loss, batch.target, batch.timestep)
+    return predict(batch, model), functools.partial(velocity_loss, batch.target, batch.timestep, counted=batch.counted)
 
 
 def predict(batch: Batch, model: torch.nn.Module) -> Tensor:
@@ -158,7 +164,9 @@ def predict(batch: Batch, model: torch.nn.Module) -> Tensor:
     return output
 
 
-def velocity_loss(target: Tensor, timestep: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def velocity_loss(
+    target: Tensor, timestep: Tensor, prediction: Tensor, counted: bool = True
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Squared error as megatron-core's triple (sum, count, report), in fp32, called on the last stage only.
 
     The count is that of latent positions, and the sum is of means over channels: megatron-core counts in int32, which
@@ -168,21 +176,22 @@ def velocity_loss(target: Tensor, timestep: Tensor, prediction: Tensor) -> tuple
         target: [b, T, C, h, w] fp32.
         timestep: [b] fp32.
         prediction: [b, T, C, h, w].
+        counted: False gives zeros, which weigh nothing in loss and gradient.
     """
     samples, channels = target.shape[0], target.shape[2]
-    errors = squared_errors(prediction, target) / channels
-    positions = target[0, :, 0].numel()
+    errors = squared_errors(prediction, target) / channels * counted
+    positions = target[0, :, 0].numel() * counted
     count = torch.full((), samples * positions, dtype=torch.int32, device=errors.device)
     # Stays on the device; nothing here waits for the GPU.
     return errors.sum(), count, {"sums_and_counts": bin_by_time(timestep, errors.detach(), positions)}
 
 
-def _agree(sums_and_counts: Tensor, grad_norm: float, stop_flags: Sequence[bool]) -> StepResult:
+def _agree(sums_and_counts: Tensor, grad_norm: float, stop_flags: Sequence[bool], corrupt_samples: int) -> StepResult:
     """Add loss sums and flags over all ranks in one reduction, so that every rank decides alike."""
     flags = [not math.isfinite(grad_norm), *stop_flags, *[False] * (len(STOP_REASONS) - len(stop_flags))]
-    # [loss sums by t, counts by t, flags]; one collective a step for all of it.
-    shared = torch.zeros(2 * TIME_BINS + len(flags), dtype=torch.float64)
-    shared[2 * TIME_BINS :] = torch.tensor(flags)
+    # [loss sums by t, counts by t, flags, samples left out]; one collective a step for all of it.
+    shared = torch.zeros(2 * TIME_BINS + len(flags) + 1, dtype=torch.float64)
+    shared[2 * TIME_BINS :] = torch.tensor([*flags, corrupt_samples])
     shared = shared.to(sums_and_counts.device, non_blocking=True)
     # Tensor- and context-parallel ranks hold the same loss: it is counted once.
     if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
@@ -191,8 +200,9 @@ def _agree(sums_and_counts: Tensor, grad_norm: float, stop_flags: Sequence[bool]
     # Beside the gradient norm, the one moment of a step in which the host waits for the device.
     values = shared.tolist()
     sums, counts = values[:TIME_BINS], [int(count) for count in values[TIME_BINS : 2 * TIME_BINS]]
-    broken, *stops = values[2 * TIME_BINS :]
-    loss = sum(sums) / sum(counts)
+    broken, *stops, corrupt = values[2 * TIME_BINS :]
+    # Not a number where not one sample of the global batch could be read.
+    loss = sum(sums) / sum(counts) if any(counts) else math.nan
     refused = broken > 0 or not math.isfinite(loss)
     reason = next((name for name, stop in zip(STOP_REASONS, stops, strict=True) if stop), None)
-    return StepResult(loss, grad_norm, refused, reason, sums, counts)
+    return StepResult(loss, grad_norm, refused, reason, sums, counts, int(corrupt))
