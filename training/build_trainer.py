@@ -114,7 +114,8 @@ def replica_batches(config: PretrainConfig, data: TrainingData, plan: DataPlan) 
         text_dtype=DTYPES[config.training.precision],
         model=config.model,
     )
-    return StepBatches(builder, plan, data_parallel_rank(), data_parallel_size())
+    rank, size = data_parallel_rank(), data_parallel_size()
+    return StepBatches(builder, plan, rank, size, leave_out_corrupt=config.data.max_corrupt_samples > 0)
 
 
 def start_telemetry(config: PretrainConfig, first_step: int) -> Telemetry:

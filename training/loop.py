@@ -60,7 +60,13 @@ def run_steps(trainer: Trainer) -> str:
         data_seconds = watch.lap()
         rate = trainer.next_learning_rate()
         result = train_step(
-            trainer.model, trainer.optimizer, step.batches, trainer.stop.flags(), phases, trainer.layer_probe()
+            trainer.model,
+            trainer.optimizer,
+            step.batches,
+            trainer.stop.flags(),
+            phases,
+            trainer.layer_probe(),
+            trainer.tell_corrupt(step),
         )
         phases.enter("report")
         trainer.count(result)

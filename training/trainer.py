@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_video.device import DeviceInfo
 from training.checkpoint import TrainState
 from training.checkpoint_saver import CheckpointSaver, SaveReport
 from training.config import PretrainConfig
+from training.corrupt_samples import ReplicaAgreement, check_corrupt
 from training.data import StepBatches, StepData, iterate_steps
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
@@ -60,7 +62,7 @@ class Trainer:
 
     def steps_from_here(self) -> Iterator[StepData]:
         """The data of all steps to come; its position is the step number, nothing of the loader is stored."""
-        return iterate_steps(
+        steps = iterate_steps(
             self.batches,
             self.state.step,
             self.config.training.steps,
@@ -68,6 +70,17 @@ class Trainer:
             self.config.data.prefetch_steps,
             pin_memory=self.device.device.type == "cuda",
         )
+        if not self.batches.leave_out_corrupt:
+            return steps
+        return map(ReplicaAgreement(self.batches.builder, self.config.parallel), steps)
+
+    def tell_corrupt(self, step: StepData) -> int:
+        """Name the samples left out of this replica's batches, on the rank whose turn it is; their number."""
+        for found in step.corrupt:
+            print(f"left out of step {self.state.step + 1}: {found.reason}", file=sys.stderr, flush=True)
+            key = self.data.where(found.sample)
+            self.events.record("corrupt_sample", self.state.step, key=key, reason=found.reason)
+        return len(step.corrupt)
 
     def layer_probe(self) -> LayerProbe | None:
         """What measures the layers in the step to come, if that is one of those that do."""
@@ -116,6 +129,7 @@ class Trainer:
 
         Raises:
             RuntimeError: too many steps in a row were refused.
+            UserError: too many samples could not be read.
         """
         self.state.step += 1
         self.state.refused_steps += result.refused
@@ -124,6 +138,8 @@ class Trainer:
             self.ema.update()
         if result.refused:
             self._tell_refused(result)
+        self.state.corrupt_samples += result.corrupt_samples
+        check_corrupt(self.state.corrupt_samples, self.config.data.max_corrupt_samples)
         limit = self.config.training.max_refused_steps
         if self.state.refused_in_a_row >= limit:
             raise RuntimeError(
