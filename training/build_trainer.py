@@ -15,6 +15,7 @@ from megatron_video.noise import NoiseSource
 from megatron_video.parallel import data_parallel_rank, data_parallel_size
 from training import checkpoint
 from training.checkpoint import TrainState
+from training.checkups import Checkups
 from training.config import PretrainConfig
 from training.data import BatchBuilder, StepBatches
 from training.data_plan import DataPlan
@@ -48,6 +49,9 @@ def build_trainer(
     if found is not None:
         checkpoint.check_same_model(found, config.model)
         checkpoint.check_same_data_plan(found, identity)
+    batches = replica_batches(config, data, plan)
+    # Before the model is built: the text encoders of the samples need the room, and then give it up.
+    checkups = Checkups(config, data, batches.builder, device)
     chunks = build_dit(
         config.model,
         config.parallel,
@@ -70,16 +74,31 @@ def build_trainer(
     # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):
         telemetry.say(line)
+    for line in checkups.describe():
+        telemetry.say(line)
     for line in describe_changes(config, found, state):
         telemetry.say(line)
-    batches = replica_batches(config, data, plan)
     events = start_events(config, found, state)
     stop = stop_signal(config)
     # Up to here a replica's time is its own; from here on it waits for the others.
     settings = get_model_config(model[0])
     settings.finalize_model_grads_func = phases.entering("reduce", settings.finalize_model_grads_func)
     return Trainer(
-        config, data, plan, model, optimizer, state, telemetry, batches, ema, device, events, phases, stop, ranks
+        config,
+        data,
+        plan,
+        model,
+        optimizer,
+        state,
+        telemetry,
+        batches,
+        ema,
+        device,
+        events,
+        phases,
+        stop,
+        checkups,
+        ranks,
     )
 
 

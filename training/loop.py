@@ -93,4 +93,7 @@ def run_steps(trainer: Trainer) -> str:
             watch.lap()
         if result.stop_reason is not None:
             return result.stop_reason
+        if trainer.checkups.are_due(state.step):
+            trainer.checkups.run(trainer, result.loss)
+            watch.lap()
     return "last step done"

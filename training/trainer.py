@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_video.device import DeviceInfo
 from training.checkpoint import TrainState
 from training.checkpoint_saver import CheckpointSaver, SaveReport
+from training.checkups import Checkups
 from training.config import PretrainConfig
 from training.corrupt_samples import ReplicaAgreement, check_corrupt
 from training.data import StepBatches, StepData, iterate_steps
@@ -47,6 +48,7 @@ class Trainer:
     """Also on other ranks than 0: what happened to one rank is written there."""
     phases: Phases
     stop: StopSignal
+    checkups: Checkups
     ranks: RankTable
     saver: CheckpointSaver = field(init=False)
 
