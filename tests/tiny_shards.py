@@ -22,22 +22,31 @@ MODEL_OVERRIDES = [
 ]
 
 
+INFO = DatasetInfo("vae", "text", LATENT_CHANNELS, LLM_DIM, CLIP_DIM, CLIP_SLOTS)
+
+
 def write_tiny_shards(
-    folder: Path, counts: dict[str, int] | None = None, seed: int = 0, learnable: bool = False
+    folder: Path,
+    counts: dict[str, int] | None = None,
+    seed: int = 0,
+    learnable: bool = False,
+    source: str = "",
+    info: DatasetInfo = INFO,
 ) -> Path:
     """Shards with `counts` samples per bucket (17x48x48, 17x48x64 and 1x48x48 unless told otherwise).
 
-    Latents are noise, or with `learnable` a ramp over channels and columns, the same in every bucket.
+    Latents are noise, or with `learnable` a ramp over channels and columns, the same in every bucket. Keys begin with
+    `source`, so that two folders do not share their source videos.
     """
     counts = counts or {"17x48x48": 20, "17x48x64": 12, "1x48x48": 9}
     generator = torch.Generator().manual_seed(seed)
     for number, (name, count) in enumerate(counts.items()):
         with ShardWriter(folder, shard_name(number)) as writer:
             for index in range(count):
-                sample = _sample(f"{name}-{seed}-{index}", name, generator)
+                sample = _sample(f"{source}{name}-{seed}-{index}", name, generator, info)
                 writer.add(_with_ramp(sample) if learnable else sample, parse_bucket(name))
-    write_null_text(folder, torch.randn(2, LLM_DIM, generator=generator), torch.zeros(CLIP_SLOTS, CLIP_DIM))
-    finish_dataset(folder, DatasetInfo("vae", "text", LATENT_CHANNELS, LLM_DIM, CLIP_DIM, CLIP_SLOTS))
+    write_null_text(folder, torch.randn(2, info.llm_dim, generator=generator), torch.zeros(info.clip_tokens, info.clip_dim))
+    finish_dataset(folder, info)
     return folder
 
 
@@ -49,13 +58,13 @@ def _with_ramp(sample: ShardSample) -> ShardSample:
     return sample._replace(moments=torch.cat([mean, torch.full_like(mean, -6.0)], dim=1))
 
 
-def _sample(key: str, bucket: str, generator: torch.Generator) -> ShardSample:
+def _sample(key: str, bucket: str, generator: torch.Generator, info: DatasetInfo) -> ShardSample:
     frames, height, width = parse_bucket(bucket).latent_shape
     tokens = int(torch.randint(3, 9, (), generator=generator))
     return ShardSample(
         key=key,
         moments=torch.randn(frames, 2 * LATENT_CHANNELS, height, width, generator=generator),
-        llm=torch.randn(tokens, LLM_DIM, generator=generator),
-        clip=torch.randn(CLIP_SLOTS, CLIP_DIM, generator=generator),
+        llm=torch.randn(tokens, info.llm_dim, generator=generator),
+        clip=torch.randn(info.clip_tokens, info.clip_dim, generator=generator),
         metadata={"caption": key, "fps": 25.0},
     )
