@@ -20,7 +20,7 @@ class Denoiser(Protocol):
 
     dit_config: DiTConfig
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, latents: Tensor, /, *conditions: Tensor | None) -> Tensor:
         """Velocity, from the arguments of `VideoDiT.forward` by position."""
 
 

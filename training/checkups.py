@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,8 +105,11 @@ class Checkups:
 
     @contextmanager
     def _weights(self, trainer: Trainer, name: str) -> Iterator[None]:
-        swapped = name == AVERAGED and trainer.ema is not None
-        with averaged_weights(trainer.model, trainer.optimizer, trainer.ema) if swapped else nullcontext():
+        if name == TRAINED:
+            yield
+            return
+        assert trainer.ema is not None
+        with averaged_weights(trainer.model, trainer.optimizer, trainer.ema):
             yield
 
 
@@ -117,16 +120,16 @@ def open_validation(config: PretrainConfig, data: TrainingData, builder: BatchBu
         UserError: on all ranks: they share source videos with it, were encoded otherwise, or do not fit the model.
     """
     settings = config.validation
-    held_out = TrainingData(settings.shards, config.data.buckets)
+    held_out = TrainingData(settings.shards, config.data.buckets, read_attempts=config.data.read_attempts)
     held_out.weigh_captions(config.data.caption_weights)
     held_out.check_model(config.model)
     _check_same_encoding(held_out, data)
     refusal: list[str | None] = [None]
     # One rank reads the indices; the others must hear of a refusal, or they would wait for it.
     if torch.distributed.get_rank() == 0:
-        folders = [[str(dataset.folder) for dataset in side.datasets] for side in (data, held_out)]
+        record = Path(config.run.output_dir) / _CHECKED_FILE
         try:
-            check_held_out(*folders, record=Path(config.run.output_dir) / _CHECKED_FILE)
+            check_held_out(_folders(data), _folders(held_out), record)
         except UserError as error:
             refusal = [str(error)]
     torch.distributed.broadcast_object_list(refusal, src=0)
@@ -143,6 +146,10 @@ def _check_same_encoding(held_out: TrainingData, data: TrainingData) -> None:
                 f"validation.shards: {ours.folder} was encoded with other models than {theirs.folder} ({name}: "
                 f"{getattr(ours.dataset_info, name)} and {getattr(theirs.dataset_info, name)})"
             )
+
+
+def _folders(data: TrainingData) -> list[str]:
+    return [str(dataset.folder) for dataset in data.datasets]
 
 
 def _record(losses: ValidationLosses) -> dict[str, object]:

@@ -28,7 +28,7 @@ class PipelineForward:
         self._group = self._bare[0].groups.pp
         self.dit_config = self._bare[0].dit_config
 
-    def __call__(self, latents: Tensor, *conditions: Tensor | None) -> Tensor:
+    def __call__(self, latents: Tensor, /, *conditions: Tensor | None) -> Tensor:
         """Velocity [b, T, C_out, h, w]; arguments as those of `VideoDiT.forward`."""
         size, last = self._group.size(), self._bare[0].stage.count - 1
         carried: Tensor | None = None
