@@ -45,7 +45,9 @@ def write_tiny_shards(
             for index in range(count):
                 sample = _sample(f"{source}{name}-{seed}-{index}", name, generator, info)
                 writer.add(_with_ramp(sample) if learnable else sample, parse_bucket(name))
-    write_null_text(folder, torch.randn(2, info.llm_dim, generator=generator), torch.zeros(info.clip_tokens, info.clip_dim))
+    write_null_text(
+        folder, torch.randn(2, info.llm_dim, generator=generator), torch.zeros(info.clip_tokens, info.clip_dim)
+    )
     finish_dataset(folder, info)
     return folder
 
