@@ -55,6 +55,7 @@ EXTRAS = {
         "onnxruntime>=1.20,<2",
         "faiss-cpu>=1.10,<2",
         "matplotlib>=3.9,<4",
+        "duckdb>=1.2,<3",
         "pytest>=8,<10",
         "hypothesis>=6,<7",
         "ruff>=0.8,<1",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,24 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.filter_report import Histograms, print_removed, write_report
-from data_prep.filter_rules import FilterConfig, Step, chosen_level, columns_of, load_rules, steps_of
-from data_prep.filter_verdicts import STAGE, Tally, judge
-from data_prep.manifest_stream import iter_manifest, manifest_writer
+from data_prep.filter_rules import FilterConfig, chosen_level, columns_of, load_rules, steps_of
+from data_prep.filter_verdicts import STAGE, VERDICTS, Tally, judge
+from data_prep.manifest_stream import cut_at, iter_manifest, row_group_sizes
+from data_prep.parquet_columns import replace_columns
 from data_prep.parts import output_lock
 from data_prep.stage import (
-    FINGERPRINT_KEY,
     StageReport,
     check_folder,
     check_output,
     fingerprint_of,
     finished_fingerprint,
     print_report,
+    stage_metadata,
     stage_parser,
 )
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict
-from megatron_video.files import file_sha256
+from megatron_video.files import appearing, file_sha256
 
 DEFAULT_RULES = Path(__file__).with_name("filter_demo.yaml")
 
@@ -90,7 +91,7 @@ def run(
     tally = Tally(steps, [entry.name for entry in config.subsets])
     histograms = Histograms.of(manifest_in, steps) if report_folder else None
     if dry_run:
-        _judge_only(manifest_in, steps, cut, tally, histograms)
+        _judge_only(manifest_in, cut, tally, histograms)
         up_to_date = False
     else:
         with output_lock(manifest_out):
@@ -118,31 +119,29 @@ def _write(
     settings = {"config": config_to_dict(config), "subset": subset}
     fingerprint = fingerprint_of(STAGE, settings, file_sha256(manifest_in))
     if finished_fingerprint(manifest_out) == fingerprint:
-        _judge_only(manifest_in, tally.steps, cut, tally, histograms)
+        _judge_only(manifest_in, cut, tally, histograms)
         return True
-    with manifest_writer(manifest_out, {FINGERPRINT_KEY: fingerprint}) as writer:
-        for table in iter_manifest(manifest_in):
-            writer.write_table(_judged(table, tally.steps, cut, tally, histograms))
+    verdicts = _verdicts(manifest_in, cut, tally, histograms, VERDICTS.names)
+    sizes = row_group_sizes(manifest_in)
+    with appearing(manifest_out) as temporary:
+        replace_columns(manifest_in, temporary, VERDICTS, cut_at(verdicts, sizes), stage_metadata(fingerprint))
     return False
 
 
-def _judge_only(
-    manifest_in: Path, steps: Sequence[Step], cut: int, tally: Tally, histograms: Histograms | None
-) -> None:
-    # The few columns that the rules look at: a tenth of the time, for trying thresholds.
-    for table in iter_manifest(manifest_in, columns_of(steps)):
-        judge(table, steps, cut, tally)
+def _judge_only(manifest_in: Path, cut: int, tally: Tally, histograms: Histograms | None) -> None:
+    for _ in _verdicts(manifest_in, cut, tally, histograms, ()):
+        pass
+
+
+def _verdicts(
+    manifest_in: Path, cut: int, tally: Tally, histograms: Histograms | None, earlier: Sequence[str]
+) -> Iterator[pa.Table]:
+    """The columns that a filter fills, piece by piece; `earlier` are the columns of those that are kept as they are."""
+    # No others are read: of ten million clips, captions and paths take most of the time.
+    for table in iter_manifest(manifest_in, sorted({*columns_of(tally.steps), *earlier})):
         if histograms:
             histograms.add(table)
-
-
-def _judged(table: pa.Table, steps: Sequence[Step], cut: int, tally: Tally, histograms: Histograms | None) -> pa.Table:
-    if histograms:
-        histograms.add(table)
-    verdicts = judge(table, steps, cut, tally)
-    for name in verdicts.schema.names:
-        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), verdicts[name])
-    return table
+        yield judge(table, tally.steps, cut, tally)
 
 
 def _report(tally: Tally, output: Path, started: float, up_to_date: bool, subset: str | None) -> StageReport:

@@ -28,7 +28,15 @@ from data_prep.parts import Parts, Selection, TableRows, clear_parts, output_loc
 from data_prep.workers import Execution, Shard, as_execution, default_workers, parallel_map, progress
 from megatron_video.errors import UserError
 from megatron_video.files import file_sha256
-from megatron_video.manifest import Row, dropped, read_manifest, read_schema, write_manifest
+from megatron_video.manifest import (
+    MANIFEST_VERSION,
+    VERSION_KEY,
+    Row,
+    dropped,
+    read_manifest,
+    read_schema,
+    write_manifest,
+)
 
 Item = TypeVar("Item")
 
@@ -165,6 +173,11 @@ def _join_if_last(
 def write_finished(table: pa.Table, manifest_out: Path, fingerprint: str) -> None:
     """Write a stage's result with the fingerprint by which a second run knows it."""
     write_manifest(table, manifest_out, {FINGERPRINT_KEY: fingerprint})
+
+
+def stage_metadata(fingerprint: str) -> dict[str, str]:
+    """What stands in the metadata of a finished manifest."""
+    return {VERSION_KEY: str(MANIFEST_VERSION), FINGERPRINT_KEY: fingerprint}
 
 
 def check_output(manifest_in: Path, manifest_out: Path) -> None:

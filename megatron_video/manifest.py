@@ -18,7 +18,7 @@ from megatron_video.errors import UserError
 from megatron_video.files import appearing
 
 MANIFEST_VERSION = 2
-_VERSION_KEY = b"megatron_video.manifest_version"
+VERSION_KEY = "megatron_video.manifest_version"
 
 # name, Arrow type, stage that fills it, meaning
 _Columns = tuple[tuple[str, pa.DataType, str, str], ...]
@@ -120,7 +120,7 @@ VERSION_2_COLUMNS: _Columns = (
 )
 COLUMNS: _Columns = VERSION_1_COLUMNS + VERSION_2_COLUMNS
 SCHEMA = pa.schema(
-    [(name, kind) for name, kind, _, _ in COLUMNS], metadata={_VERSION_KEY: str(MANIFEST_VERSION).encode()}
+    [(name, kind) for name, kind, _, _ in COLUMNS], metadata={VERSION_KEY: str(MANIFEST_VERSION)}
 )
 
 Row = dict[str, Any]
@@ -216,7 +216,7 @@ def _parquet(path: str | Path, read: Callable[[str | Path], Any]) -> Any:
 
 
 def _check_version(path: str | Path, schema: pa.Schema) -> None:
-    version = (schema.metadata or {}).get(_VERSION_KEY)
+    version = (schema.metadata or {}).get(VERSION_KEY.encode())
     if version is None:
         raise UserError(f"{path} is a Parquet file but no manifest; `megatron-video data ingest` writes manifests")
     if int(version) > MANIFEST_VERSION:
