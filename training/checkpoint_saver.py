@@ -76,6 +76,19 @@ class SaveReport:
     error: str | None = None
     """Why there is no checkpoint."""
 
+    def details(self) -> dict[str, Any]:
+        """For events.jsonl: the fields of a `save`."""
+        return {
+            "checkpoint": self.folder,
+            "seconds": self.seconds,
+            "blocked_seconds": self.blocked_seconds,
+            "waited_seconds": self.waited_seconds,
+            "bytes": self.bytes,
+            "gigabytes_per_second": self.bytes / GIGABYTE / self.seconds,
+            "files": self.files,
+            "deleted": [path.name for path in self.deleted],
+        }
+
     def __str__(self) -> str:
         """One line for the console."""
         if self.error:
@@ -209,6 +222,11 @@ class CheckpointSaver:
         self.wait()
         if job is not None and job.report is not None and job.report.error:
             raise CheckpointError(str(job.report))
+
+    def drain(self) -> None:
+        """Let the save under way come to its end and raise nothing: the run fails for another reason."""
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join(self._settings.max_wait_seconds)
 
     def _settle(self, report: SaveReport) -> None:
         if self._leads:

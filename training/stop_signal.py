@@ -13,7 +13,7 @@ whatever asked)."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # In the order of the flags that all ranks add up in a step; the first one raised is the reason given.
-STOP_REASONS = ("signal", "wall time")
+STOP_REASONS = ("signal", "wall time", "checkpoint failed")
 
 
 class StopSignal:
@@ -26,6 +26,7 @@ class StopSignal:
 
     def __init__(self, deadline: float | None = None, reserve_seconds: float = 0.0) -> None:
         self.requested = False
+        self.save_failed = False
         self.deadline, self._reserve = deadline, reserve_seconds
         self._slowest_save = 0.0
         self._slowest_step, self._looks, self._last_look = 0.0, 0, time.time()
@@ -43,9 +44,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def saw_save(self, seconds: float) -> None:
-        """A checkpoint took so long from its start until it was complete."""
+        """A checkpoint took so long from its start until it was complete. May be called from its thread."""
         self._slowest_save = max(self._slowest_save, seconds)
-        # The time of a save belongs to no step.
+
+    def between_steps(self) -> None:
+        """The time until now, of a save, belongs to no step."""
         self._last_look = time.time()
 
     def flags(self) -> list[bool]:
@@ -55,7 +58,8 @@ class StopSignal:
         if self._looks > 1:
             self._slowest_step = max(self._slowest_step, now - self._last_look)
         self._looks, self._last_look = self._looks + 1, now
-        return [self.requested, self.deadline is not None and now + self.seconds_needed >= self.deadline]
+        late = self.deadline is not None and now + self.seconds_needed >= self.deadline
+        return [self.requested, late, self.save_failed]
 
     @property
     def seconds_needed(self) -> float:
