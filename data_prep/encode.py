@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ import torch
 
 from data_prep.caption_config import KINDS
 from data_prep.decode import DECODERS, choose_decoder
+from data_prep.devices import find_device
 from data_prep.encode_plan import STAGE, PlannedShard, plan_shards
 from data_prep.encode_shard import DTYPES, EncodeJob, encoders_known, read_encoders, rows_part, write_shard
 from data_prep.encode_workers import Fleet
 from data_prep.lock import LockedError
 from data_prep.shard_folder import claimed
-from data_prep.stage import StageReport, fingerprint_of, make_report, print_report, stage_parser
+from data_prep.stage import StageReport, make_report, print_report, stage_parser
 from data_prep.workers import Shard, default_workers, progress
 from megatron_video.buckets import Bucket, parse_buckets
 from megatron_video.cli import run_command
@@ -58,6 +59,11 @@ class EncodeSettings:
     """Kinds of captions that are encoded beside each other, the first being every sample's own; (): the column
     `caption` alone."""
 
+    def __post_init__(self) -> None:
+        for option, value in (("samples-per-shard", self.samples_per_shard), ("batch-size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"--{option} {value} must be at least 1")
+
     @property
     def identity(self) -> dict[str, Any]:
         """As plain values; folders that were begun before there were kinds keep theirs."""
@@ -66,35 +72,46 @@ class EncodeSettings:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, output="SHARD_FOLDER", workers=False)
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the Video-VAE, or a released .safetensors")
-    parser.add_argument("--text", type=Path, required=True, help="folder with the text encoders clip/ and step_llm/")
-    parser.add_argument("--buckets", required=True, help="FRAMESxHEIGHTxWIDTH,...; such as 1x48x48,17x48x48,17x48x64")
-    parser.add_argument("--samples-per-shard", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8, help="clips per pass of the Video-VAE")
-    parser.add_argument("--captions", metavar="KIND,...", help="encode captions of these kinds (short, dense, title)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="arithmetic; bfloat16 is stored")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, help="processes with both encoders each (default: one a GPU, or one)")
-    parser.add_argument("--decode-threads", type=int, help="of each worker (default: CPUs divided by workers)")
-    parser.add_argument("--torch-threads", type=int, help="of each worker on CPUs (default: CPUs divided by workers)")
-    parser.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N of the shards; the last one joins them")
-    parser.add_argument("--decoder", choices=DECODERS, default="auto", help="auto: DALI (NVDEC) on a GPU, else PyAV")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     print_report(run_arguments(arguments), arguments.json)
     return 0
 
 
-def run_arguments(arguments: argparse.Namespace) -> StageReport:
-    """`run` with the values of a parsed command line."""
-    settings = EncodeSettings(
+def _parser() -> argparse.ArgumentParser:
+    # What concerns the machine (device, decoder) is looked at where the stage runs, not where a recipe is read.
+    parser = stage_parser(STAGE, __doc__, output="SHARD_FOLDER", workers=False, check=_settings)
+    add = parser.add_argument
+    add("--vae", type=Path, required=True, metavar="PATH", help="folder of the Video-VAE, or a released .safetensors")
+    add("--text", type=Path, required=True, metavar="FOLDER", help="text encoders, with clip/ and step_llm/ in it")
+    add("--buckets", required=True, metavar="SIZE,...", help="FRAMESxHEIGHTxWIDTH, such as 1x48x48,17x48x48,17x48x64")
+    add("--samples-per-shard", type=int, default=256, metavar="N", help="default %(default)s")
+    add("--batch-size", type=int, default=8, metavar="N", help="clips per pass of the Video-VAE (default %(default)s)")
+    add("--captions", metavar="KIND,...", help="encode captions of these kinds (short, dense, title)")
+    add("--dtype", choices=list(DTYPES), default="float32", help="arithmetic (default %(default)s); bf16 is stored")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="cpu, cuda (all GPUs) or one, cuda:1 (default here: %(default)s)")
+    add("--workers", type=int, metavar="N", help="processes with both encoders each (default: one a GPU, or one)")
+    add("--decode-threads", type=int, metavar="N", help="of each worker (default: CPUs divided by workers)")
+    add("--torch-threads", type=int, metavar="N", help="of each worker on CPUs (default: CPUs divided by workers)")
+    add("--shard", metavar="I/N", help="do part I (from 0) of N of the shards; the last one joins them")
+    add("--decoder", choices=DECODERS, default="auto", help="auto: DALI (NVDEC) on a GPU, else PyAV")
+    return parser
+
+
+def _settings(arguments: argparse.Namespace, decoder: str = "pyav") -> EncodeSettings:
+    return EncodeSettings(
         parse_buckets(arguments.buckets),
         arguments.samples_per_shard,
         arguments.batch_size,
         arguments.dtype,
-        choose_decoder(arguments.decoder, arguments.device),
+        decoder,
         parse_kinds(arguments.captions),
     )
+
+
+def run_arguments(arguments: argparse.Namespace) -> StageReport:
+    """`run` with the values of a parsed command line."""
+    settings = _settings(arguments, choose_decoder(arguments.decoder, arguments.device))
     return run(
         arguments.source,
         arguments.out,
@@ -144,10 +161,14 @@ def run(
     devices = _devices(device, workers)
     table = read_manifest(manifest_in)
     _check_kinds(table, settings.captions)
-    plan, unplaced = plan_shards(kept_rows(table), settings.buckets, settings.samples_per_shard)
+    kept = kept_rows(table)
+    plan, unplaced = plan_shards(kept, settings.buckets, settings.samples_per_shard)
+    if not plan:
+        why = f", such as {unplaced[0]['source']}: {unplaced[0]['drop_reason']}" if unplaced else ""
+        raise UserError(f"{manifest_in}: nothing to encode: no bucket holds any of its {len(kept)} kept clips{why}")
     # Hashes of the weights: a retrained encoder under the old path must not continue the old shards.
     prints = {"vae": vae_fingerprint(vae), "text": text_fingerprint(*text_folders(text))}
-    fingerprint = fingerprint_of(STAGE, settings.identity | prints, file_sha256(manifest_in))
+    made_with = settings.identity | prints | {"input": file_sha256(manifest_in)}
     job = EncodeJob(
         folder=shard_folder,
         vae=vae,
@@ -161,9 +182,9 @@ def run(
         torch_threads=torch_threads,
         captions=settings.captions,
     )
-    output = _Output(shard_folder, fingerprint, table, plan, unplaced, started)
+    output = _Output(shard_folder, made_with, table, plan, unplaced, started)
     output.details.update(device=device, decoder=settings.decoder)
-    with claimed(shard_folder, fingerprint, share):
+    with claimed(shard_folder, STAGE, made_with, share):
         if output.finished:
             return output.report(read_manifest(shard_folder / MANIFEST_FILE), up_to_date=True)
         mine = [shard for number, shard in enumerate(plan) if share is None or number in share]
@@ -198,7 +219,7 @@ class _Output:
     """The folder that a run fills: its last steps, and the report."""
 
     folder: Path
-    fingerprint: str
+    made_with: Mapping[str, Any]
     table: pa.Table
     """The manifest that came in."""
     plan: Sequence[PlannedShard]
@@ -224,7 +245,7 @@ class _Output:
         """Of an array's tasks, the one that finds all shards there finishes; the others report their own, `mine`."""
         try:
             # The whole can be held only when no other task is at work: the last of them finishes.
-            with claimed(self.folder, self.fingerprint):
+            with claimed(self.folder, STAGE, self.made_with):
                 if not self.finished and not _missing(self.plan, self.folder):
                     return self.finish()
         except LockedError:
@@ -239,7 +260,7 @@ class _Output:
 
 def _devices(device: str, workers: int | None) -> list[str]:
     """The device of each worker."""
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    gpus = torch.cuda.device_count() if str(find_device(device)) == "cuda" else 0
     workers = workers if workers is not None else max(1, gpus)
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")

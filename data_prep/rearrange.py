@@ -1,9 +1,7 @@
-"""`megatron-video data merge | split | reshard`: other folders of the same samples, without encoding again.
+"""What merge, split and reshard do: other folders of the same samples, without encoding again.
 
-merge joins folders that were made with the same encoders; its tars are the old ones under new names, byte for byte.
-split deals samples out over several folders by a hash of their source, so clips of one video stay together.
-reshard writes shards of another size, on demand in another order. All three read and write one sample at a time,
-check every sample that they copy, and go on where they were when the same command is given again.
+All three read and write one sample at a time, compare the checksum of every sample that they copy, and go on where
+they were when the same command is given again.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data_prep.encode import MANIFEST_FILE
 from data_prep.shard_folder import claimed
-from data_prep.stage import fingerprint_of
+from data_prep.stage import StageParser
 from data_prep.workers import progress
 from megatron_video.buckets import parse_bucket
 from megatron_video.errors import UserError
@@ -64,43 +62,29 @@ class RearrangeReport:
     """Nothing had to be done."""
 
 
-def main(argv: Sequence[str], stage: str) -> int:
-    """Command line of one of the three: merge, split or reshard (see their modules)."""
-    parser = argparse.ArgumentParser(prog=f"megatron-video data {stage}", description=__doc__)
-    several = stage == "merge"
-    sources = parser.add_argument("--in", dest="sources", type=Path, nargs="+" if several else 1, required=True)
-    sources.metavar, sources.help = "SHARDS", "folder of shards" + (", two or more" if several else "")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+def rearrange_parser(stage: str, description: str | None) -> StageParser:
+    """The arguments that the three commands have, but --in."""
+    parser = StageParser(prog=f"megatron-video data {stage}", description=description)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    if stage == "split":
-        parser.add_argument("--parts", required=True, help="NAME=SHARE,...: folders under --out, e.g. train=98,test=2")
-    else:
-        parser.add_argument(
-            "--copy", action="store_true", help="copy tars instead of linking them"
-        ) if several else None
-    if stage != "merge":
-        parser.add_argument("--samples-per-shard", type=int, default=256)
-        parser.add_argument("--seed", type=int, help="another order (split: another draw); default: as it is")
-    arguments = parser.parse_args(argv)
-    if stage == "merge":
-        report = merge(arguments.sources, arguments.out, link=not arguments.copy)
-    elif stage == "split":
-        shares = parse_shares(arguments.parts)
-        report = split(arguments.sources[0], arguments.out, shares, arguments.samples_per_shard, arguments.seed or 0)
-    else:
-        report = reshard(arguments.sources[0], arguments.out, arguments.samples_per_shard, arguments.seed)
-    _print(report, arguments.json)
-    return 0
+    return parser
+
+
+def add_shard_options(parser: argparse.ArgumentParser, seed: str) -> None:
+    """Where the shards come from and how they are cut, for split and reshard; `seed` is that option's help."""
+    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="SHARDS", help="folder of shards")
+    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="default %(default)s")
+    parser.add_argument("--seed", type=int, metavar="N", help=seed)
 
 
 def merge(sources: Sequence[Path], out: Path, link: bool = True) -> RearrangeReport:
     """All shards of `sources` in one folder, in that order; linked where the file system can, else copied.
 
     Raises:
-        UserError: fewer than two folders, other encoders, a sample in two folders, or a damaged tar.
+        UserError: fewer than two different folders, other encoders, a sample in two folders, or a damaged tar.
     """
-    if len(sources) < 2:
-        raise UserError("--in needs at least two folders to merge")
+    if len({source.resolve() for source in sources}) < max(2, len(sources)):
+        raise UserError(f"--in {' '.join(map(str, sources))}: two or more different folders are needed to merge")
     started = time.monotonic()
     datasets = [ShardDataset(source) for source in sources]
     _refuse_common_samples(datasets)
@@ -225,6 +209,8 @@ def _groups(dataset: ShardDataset, samples: Integers, size: int, seed: int | Non
     """Numbers of the samples of every new shard: bucket by bucket, `size` at a time."""
     if size < 1:
         raise UserError(f"--samples-per-shard {size} must be at least 1")
+    if seed is not None and seed < 0:
+        raise UserError(f"--seed {seed} must not be negative")
     buckets = np.asarray(dataset.index["bucket"].to_pylist())[samples]
     groups: list[Integers] = []
     for number, bucket in enumerate(np.unique(buckets)):
@@ -272,7 +258,7 @@ def _write_folder(
     info = check_one_encoding(datasets)
     tables = [read_manifest(dataset.folder / MANIFEST_FILE) for dataset in datasets]
     sources = [file_sha256(dataset.folder / INFO_FILE) for dataset in datasets]
-    with claimed(out, fingerprint_of(stage, settings, "/".join(sources))):
+    with claimed(out, stage, {**settings, "input": "/".join(sources)}):
         if (out / INFO_FILE).is_file():
             return False
         write_null_text(out, *datasets[0].null_text)
@@ -308,7 +294,8 @@ def _report(stage: str, folders: Sequence[Path], started: float, up_to_date: boo
     )
 
 
-def _print(report: RearrangeReport, as_json: bool) -> None:
+def print_rearranged(report: RearrangeReport, as_json: bool) -> None:
+    """The report as lines, or as one JSON object."""
     if as_json:
         print(json.dumps(asdict(report), ensure_ascii=False))
         return

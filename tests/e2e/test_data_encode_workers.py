@@ -241,7 +241,8 @@ def test_tasks_of_an_array_share_the_shards(prepared: Prepared, tmp_path: Path) 
     # Another task that is at work: its lock and its half a shard are left alone, and nobody finishes.
     half = tmp_path / ".shard-000000.tar.1.tmp"
     half.write_bytes(b"half")
-    with shard_folder.claimed(tmp_path, (tmp_path / "parts" / "plan").read_text(), Shard.parse("0/2")):
+    made_with = json.loads((tmp_path / "parts" / "plan").read_text())["made_with"]
+    with shard_folder.claimed(tmp_path, "encode", made_with, Shard.parse("0/2")):
         assert task("1/2").kept == CLIPS // 2
         with pytest.raises(UserError, match="another run is writing there"):
             task("0/2")

@@ -88,9 +88,10 @@ def test_merge_keeps_every_byte_of_the_tars(tmp_path: Path, link: bool) -> None:
 def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     first, second = write_folder(tmp_path / "a", 0), write_folder(tmp_path / "b", 1)
     with pytest.raises(UserError, match="occurs in"):
-        rearrange.merge([first, first], tmp_path / "out")
-    with pytest.raises(UserError, match="at least two"):
-        rearrange.merge([first], tmp_path / "out")
+        rearrange.merge([first, write_folder(tmp_path / "again", 0)], tmp_path / "out")
+    for sources in ([first], [first, first]):
+        with pytest.raises(UserError, match="two or more different folders"):
+            rearrange.merge(sources, tmp_path / "out")
     info = json.loads((second / "dataset_info.json").read_text()) | {"vae_fingerprint": "other"}
     (second / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"b and .*a were encoded differently \(vae_fingerprint: other and vae\)"):
@@ -201,4 +202,8 @@ def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     parts = data("split", "--in", clips, "--out", tmp_path / "s", "--parts", "train=1,test=1")
     assert sum(parts["folders"].values()) == 20
     assert run_command(cli.main, ["reshard", "--in", str(first), "--out", str(tmp_path / "m")]) == 2
-    assert "holds shards of another manifest" in capsys.readouterr().err
+    assert "holds shards made by `data merge`; name a new folder" in capsys.readouterr().err
+    assert run_command(cli.main, ["merge", "--in", str(first), str(first), "--out", str(tmp_path / "n")]) == 2
+    assert "two or more different folders are needed" in capsys.readouterr().err
+    assert run_command(cli.main, ["reshard", "--in", str(first), "--out", str(tmp_path / "n"), "--seed", "-1"]) == 2
+    assert "--seed -1 must not be negative" in capsys.readouterr().err
