@@ -31,6 +31,7 @@ REQUIRED = [
     "sentencepiece>=0.2,<0.3",
     "httpx>=0.27,<1",  # captions from an endpoint
     "tensorboard>=2.18,<3",
+    "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
 ]
 
@@ -45,7 +46,6 @@ EXTRAS = {
     "data": [
         "rapidocr>=3.8,<4",
         "onnxruntime>=1.20,<2",
-        "matplotlib>=3.9,<4",
         "faiss-cpu>=1.10,<2",
         "ray[data]>=2.60,<2.64",
     ],
@@ -54,7 +54,6 @@ EXTRAS = {
         "rapidocr>=3.8,<4",
         "onnxruntime>=1.20,<2",
         "faiss-cpu>=1.10,<2",
-        "matplotlib>=3.9,<4",
         "duckdb>=1.2,<3",
         "pytest>=8,<10",
         "hypothesis>=6,<7",

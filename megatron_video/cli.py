@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vae": ("training.train_vae", "train the Video-VAE on clips"),
     "pretrain": ("training.pretrain", "train the DiT (under torchrun for several ranks)"),
     "curriculum": ("training.curriculum", "train the DiT in stages, each from the weights of the one before"),
+    "plot-density": ("training.density_plot", "the density that a configuration draws timesteps from, as a picture"),
     "ckpt": ("checkpoints_tools.cli", "convert and verify checkpoints"),
     "sample": ("training.sample", "prompts -> mp4 videos and contact sheets"),
     "measure": ("training.measure_shapes", "colour and direction of generated shape videos against their prompts"),

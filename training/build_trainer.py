@@ -20,6 +20,7 @@ from training.config import PretrainConfig
 from training.data import BatchBuilder, StepBatches
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
+from training.density_plot import show_density
 from training.ema import build_ema
 from training.events import EventLog, read_events
 from training.initial_state import take_initial_optimizer, take_initial_weights
@@ -78,6 +79,8 @@ def build_trainer(
         telemetry.say(line)
     for line in describe_changes(config, found, state):
         telemetry.say(line)
+    if found is None:
+        show_density(config, data, telemetry)
     events = start_events(config, found, state)
     stop = stop_signal(config)
     # Up to here a replica's time is its own; from here on it waits for the others.

@@ -153,6 +153,15 @@ class Telemetry:
         self._board.flush()
         self.say(f"step {step}: {len(folder.prompts)} samples in {folder.path} in {seconds:.1f} s")
 
+    def log_picture(self, name: str, path: Path) -> None:
+        """Show a PNG file in TensorBoard, before the first step."""
+        if self.active:
+            import numpy as np
+            from PIL import Image
+
+            picture = np.asarray(Image.open(path).convert("RGB"))
+            self._board.add_image(name, picture, global_step=0, dataformats="HWC")
+
     def say(self, text: str) -> None:
         """One line on the console, with the time."""
         if self.active:
