@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron_video.config_io import config_to_dict
 from training.balance import loads_in_turn
 from training.balance_cost import Costs
+from megatron_video.shard_schema import DamagedSampleError
 from training.checkpoint import TrainState, read_config
 from training.config import PretrainConfig, RunConfig
 from training.data_mix import group_size
@@ -42,7 +44,9 @@ def describe_run(
     yield _balance(plan, flops, replicas)
     yield from _buckets(config, data, plan, flops)
     yield from _cost(config, data, plan, flops, world)
-    yield _latents(data)
+    # Told by one rank, read by one.
+    if torch.distributed.get_rank() == 0:
+        yield _latents(data)
 
 
 def describe_changes(config: PretrainConfig, checkpoint: Path | None, state: TrainState) -> Iterator[str]:
@@ -188,15 +192,21 @@ def _latents(data: TrainingData) -> str:
     most = max(1, 64 // len(groups))
     places = [np.unique(np.linspace(0, len(group) - 1, most).astype(np.int64)) for group in groups]
     chosen = np.concatenate([group[place] for group, place in zip(groups, places, strict=True)])
-    means, variances = [], []
+    # [positions, sum of means, of their squares, of variances]: of long videos, 64 samples at once are gigabytes.
+    sums, read = torch.zeros(4, dtype=torch.float64), 0
     for sample in chosen:
-        mean, logvar = data[int(sample)].moments.float().chunk(2, dim=1)
-        means.append(mean.flatten())
-        variances.append(logvar.exp().flatten())
-    every = torch.cat(means)
-    spread = (every.var() + torch.cat(variances).mean()).sqrt()
+        try:
+            mean, logvar = data[int(sample)].moments.double().chunk(2, dim=1)
+        except DamagedSampleError:
+            # What becomes of it is decided when it is drawn.
+            continue
+        count = torch.tensor(float(mean.numel()))
+        sums += torch.stack([count, mean.sum(), mean.square().sum(), logvar.exp().sum()])
+        read += 1
+    _, mean_value, square, variance = (sums / sums[0]).tolist()
+    spread = math.sqrt(max(0.0, square - mean_value**2) + variance)
     return (
-        f"latents: mean {every.mean():.3f}, standard deviation {spread:.3f} over {len(chosen)} samples "
+        f"latents: mean {mean_value:.3f}, standard deviation {spread:.3f} over {read} samples "
         "(noise: 0 and 1; latents far from that want another VAE or flow.shift)"
     )
 
