@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import av.filter
 import cv2
 import numpy as np
 import pytest
@@ -116,6 +117,36 @@ def test_resize_agrees_with_opencv_on_smooth_pictures(tmp_path: Path) -> None:
     ours = read_frames(tmp_path / "smooth.png", size=(48, 64))[0].astype(int)
     theirs = cv2.resize(picture, (64, 48), interpolation=cv2.INTER_AREA).astype(int)
     assert np.abs(ours - theirs).mean() < 1.5
+
+
+@pytest.mark.parametrize("size", [None, (48, 64), (37, 61), (128, 192)])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p", "yuv420p10le", "gray"])
+def test_pixels_are_those_of_libavs_own_packed_rgb(
+    tmp_path: Path, pixel_format: str, size: tuple[int, int] | None
+) -> None:
+    """Frames come as planes, for which libav has faster code; packed RGB at the same flags is the second opinion."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), np.uint8)
+    path = tmp_path / "noise.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, pixel_format
+        for picture in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    flags = "flags=bicubic+accurate_rnd+full_chroma_int+bitexact"
+    scale = f"{max(size[1], round(size[0] * 1.5))}:{max(size[0], round(size[1] / 1.5))}:{flags}" if size else flags
+    packed = []
+    with av.open(str(path)) as container:
+        graph = av.filter.Graph()
+        nodes = [graph.add_buffer(template=container.streams.video[0]), graph.add("scale", scale)]
+        graph.link_nodes(*nodes, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+        for frame in container.decode(video=0):
+            graph.vpush(frame)
+            packed.append(graph.vpull().to_ndarray())
+    ours = read_frames(path, size=size)
+    top, left = ((b - a) // 4 * 2 for a, b in zip(ours.shape[1:3], packed[0].shape[:2], strict=True))
+    cut = np.stack(packed)[:, top : top + ours.shape[1], left : left + ours.shape[2]]
+    assert np.array_equal(ours, cut)
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [(".png", "png"), (".jpg", "mjpeg"), (".webp", "webp")])
