@@ -28,6 +28,7 @@ from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
 from training.rank_table import RankTable
 from training.run_plan import plan_run
+from training.skipped_data import add_windows
 from training.startup import describe_changes, describe_run
 from training.stop_signal import StopSignal
 from training.telemetry import Telemetry
@@ -71,6 +72,7 @@ def build_trainer(
         take_initial_optimizer(config.run, model, optimizer)
     ema = build_ema(config.ema, optimizer)
     state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
+    state.skipped_data = add_windows(config.faults.skip_data_steps, state.skipped_data, state.step)
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):

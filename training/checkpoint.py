@@ -51,6 +51,14 @@ class TrainState:
     """Steps whose update was refused for a non-finite loss or gradient."""
     refused_in_a_row: int = 0
     """Of which the last ones without a good step between them."""
+    usual_steps: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps that were no spikes, where spikes are looked for."""
+    spikes_in_a_row: int = 0
+    """Last steps that were all spikes."""
+    rollbacks: list[int] = field(default_factory=list)
+    """Steps after which the run went back behind a spike."""
+    skipped_data: list[list[int]] = field(default_factory=list)
+    """Windows [first, end) of data steps that are left out."""
     corrupt_samples: int = 0
     """Samples that could not be read and were left out, all replicas together."""
     averages_weights: bool = False

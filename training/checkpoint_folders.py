@@ -106,11 +106,13 @@ def newest_checkpoint(
     return None
 
 
-def agree_on_newest(checkpoints_dir: Path, settings: CheckpointConfig | None = None) -> Path | None:
+def agree_on_newest(
+    checkpoints_dir: Path, settings: CheckpointConfig | None = None, up_to_step: int | None = None
+) -> Path | None:
     """The checkpoint that all ranks continue from, or None; what a killed job left behind is put right first.
 
     Rank 0 looks: file systems show new files to some nodes late. Checksums are compared by all ranks, each for its
-    share of the files.
+    share of the files. `up_to_step`: only those of at most so many steps.
 
     Raises:
         UserError: on all ranks; the newest checkpoint is damaged, and settings.on_damage refuses that.
@@ -118,7 +120,7 @@ def agree_on_newest(checkpoints_dir: Path, settings: CheckpointConfig | None = N
     settings = settings or CheckpointConfig()
     if dist.get_rank() == 0:
         recover(checkpoints_dir)
-    limit: int | None = None
+    limit = up_to_step
     while True:
         found, refusal = _from_rank_0(lambda limit=limit: _choose(checkpoints_dir, settings, limit))
         if refusal:
@@ -170,12 +172,29 @@ def prune(checkpoints_dir: Path, keep: int, settings: CheckpointConfig) -> list[
     stored = [Stored(folder, _step(folder), _written(folder)) for folder in _step_folders(checkpoints_dir)]
     gone = []
     for item in deletable(stored, keep, settings, time.time()):
-        # Renamed first: a deletion that is interrupted leaves nothing that looks like a checkpoint.
-        doomed = item.folder.with_name(item.folder.name + DELETING_SUFFIX)
-        os.replace(item.folder, doomed)
-        shutil.rmtree(doomed)
+        _delete(item.folder)
         gone.append(item.folder)
     return gone
+
+
+def discard_newer(checkpoints_dir: Path, step: int) -> list[Path]:
+    """Delete the checkpoints of more than `step` steps, and let `latest` name that of `step`: the run went back.
+
+    Returns:
+        Those that are gone.
+    """
+    write_durably(checkpoints_dir / LATEST_FILE, step_folder(checkpoints_dir.parent, step).name + "\n")
+    newer = [folder for folder in _step_folders(checkpoints_dir) if _step(folder) > step]
+    for folder in newer:
+        _delete(folder)
+    return newer
+
+
+def _delete(folder: Path) -> None:
+    # Renamed first: a deletion that is interrupted leaves nothing that looks like a checkpoint.
+    doomed = folder.with_name(folder.name + DELETING_SUFFIX)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def _choose(checkpoints_dir: Path, settings: CheckpointConfig, limit: int | None) -> tuple[Path | None, str | None]:

@@ -243,7 +243,7 @@ class StepBatches(Dataset[StepData]):
 
 
 def iterate_steps(
-    steps: StepBatches, first: int, last: int, workers: int, prefetch: int, pin_memory: bool = False
+    steps: Dataset[StepData], first: int, last: int, workers: int, prefetch: int, pin_memory: bool = False
 ) -> Iterator[StepData]:
     """Data of the steps `first` to `last` - 1 in order, built ahead by a thread or by worker processes.
 
@@ -274,7 +274,7 @@ def _as_is(item: Any) -> Any:
 class _ThreadedSteps:
     """Iterator whose items are built by one background thread."""
 
-    def __init__(self, steps: StepBatches, first: int, last: int, prefetch: int, pin_memory: bool) -> None:
+    def __init__(self, steps: Dataset[StepData], first: int, last: int, prefetch: int, pin_memory: bool) -> None:
         self._steps, self._range, self._pin_memory = steps, range(first, last), pin_memory
         # Bounded: a fast builder waits here instead of filling the memory.
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)

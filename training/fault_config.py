@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import field
 from typing import Literal
 
 from megatron_video.config_io import config_dataclass
@@ -31,6 +32,28 @@ class FaultConfig:
     """The same for writing a checkpoint."""
     hang_seconds_validation: float = 3600.0
     """The same for a validation."""
+    spike_mads: float | None = None
+    """A step is a spike if its loss is this many robust standard deviations (1.4826 times the median absolute
+    deviation) above the median of the last spike_window usual steps; a loss that is not finite always is. Null: spikes
+    are not looked for."""
+    spike_ratio: float = 1.5
+    """... and also this many times the median."""
+    spike_window: int = 100
+    """Usual steps that are compared with; nothing is a spike before there are so many."""
+    spike_measure: Literal["loss", "grad_norm", "either"] = "loss"
+    """What is compared: the loss, the gradient norm, or each by itself."""
+    spike_steps: int = 3
+    """Spikes in a row after which the run goes back to a checkpoint from before them and leaves their data out."""
+    spike_back: int = 0
+    """Steps before the first spike whose data is left out too; the checkpoint lies before them. Keep it, and
+    training.save_every, below what keep_checkpoints covers."""
+    spike_max_rollbacks: int = 3
+    """Rollbacks that are made ..."""
+    spike_max_rollbacks_in: int = 10_000
+    """... in this many steps; one more stops the run with exit code 3."""
+    skip_data_steps: list[tuple[int, int]] = field(default_factory=list)
+    """Windows [first, end) of data steps, counted from 0, to leave out from now on; they may lie only in data that the
+    run has not reached. What was left out stays so without being named again."""
 
     def __post_init__(self) -> None:
         """Refuse times that mean nothing.
@@ -46,6 +69,24 @@ class FaultConfig:
             seconds = getattr(self, name)
             if seconds is not None and seconds <= 0:
                 raise ValueError(f"{name}={seconds} must be above 0")
+        self._check_spikes()
+
+    def _check_spikes(self) -> None:
+        for name in ("spike_window", "spike_steps", "spike_max_rollbacks_in"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("spike_back", "spike_max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.spike_mads is not None and self.spike_mads <= 0:
+            raise ValueError(f"spike_mads={self.spike_mads} must be above 0, or null")
+        if self.spike_ratio < 1:
+            raise ValueError(f"spike_ratio={self.spike_ratio} must be at least 1")
+        for first, end in self.skip_data_steps:
+            if not 0 <= first < end:
+                raise ValueError(
+                    f"skip_data_steps=[{first}, {end}] must be a window [first, end) with 0 <= first < end"
+                )
 
     def deadline(self) -> float | None:
         """Unix time at which the job is killed, or None.

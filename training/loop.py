@@ -8,8 +8,10 @@ from megatron_video.device import DeviceInfo
 from training.build_trainer import build_trainer
 from training.config import PretrainConfig
 from training.data_set import TrainingData
+from training.diverged import DIVERGED_EXIT_CODE, DivergedError
 from training.phases import Phases
 from training.rank_table import gather_rank_table
+from training.rollback import roll_back_if_needed
 from training.stop_signal import REQUEUE_EXIT_CODE
 from training.telemetry import StepMetrics, Stopwatch
 from training.time_bins import mean_by_time
@@ -22,11 +24,11 @@ def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int
     """Train from the newest checkpoint of the run's folder, or from the start, to the last step.
 
     Returns:
-        0 when the last step is done, REQUEUE_EXIT_CODE when the run was asked to stop and has saved.
+        0 when the last step is done, REQUEUE_EXIT_CODE when the run was asked to stop and has saved,
+        DIVERGED_EXIT_CODE when too many steps were refused or too many rollbacks needed.
 
     Raises:
         UserError: the checkpoint does not fit the configuration.
-        RuntimeError: too many steps in a row were refused for non-finite values.
     """
     phases, ranks = Phases(device.device), gather_rank_table()
     with Watchdog(config.faults, phases, ranks, Path(config.run.output_dir)):
@@ -35,6 +37,10 @@ def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int
             with trainer.stop:
                 reason = run_steps(trainer)
                 trainer.finish_saves()
+        except DivergedError as error:
+            trainer.close("failed", str(error))
+            trainer.telemetry.say(f"error: {error}")
+            return DIVERGED_EXIT_CODE
         except BaseException as error:
             trainer.close("failed", repr(error))
             raise
@@ -69,7 +75,7 @@ def run_steps(trainer: Trainer) -> str:
             trainer.tell_corrupt(step),
         )
         phases.enter("report")
-        trainer.count(result)
+        trainer.count(step, result)
         trainer.telemetry.log_step(
             StepMetrics(
                 step=state.step,
@@ -87,7 +93,10 @@ def run_steps(trainer: Trainer) -> str:
                 layer_norms=result.layer_norms,
             )
         )
-        if trainer.save_is_due(result):
+        if roll_back_if_needed(trainer):
+            steps = trainer.steps_from_here()
+            watch.lap()
+        elif trainer.save_is_due(result):
             trainer.save()
             # Saving is not part of the next step's time.
             watch.lap()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class StepResult:
     """Samples of the global batch that could not be read and were left out."""
     layer_norms: LayerNorms | None = None
     """Where they were asked for."""
+    batch_losses: list[Tensor] = field(default_factory=list)
+    """This replica's own, on the last stage, left on the device: sums of the loss of each micro-batch, by t."""
 
 
 def train_step(
@@ -70,7 +72,8 @@ def train_step(
     if probe is not None:
         probe.start()
     # Gradients come back summed over replicas and divided by the global count.
-    sums_and_counts = forward_backward(model, batches)
+    by_batch = forward_backward(model, batches)
+    sums_and_counts = by_batch.sum(0)
     phases.enter("agree")
     gradients = ReadyGradients.prepare(optimizer)
     layer_norms = None if probe is None else probe.finish()
@@ -79,15 +82,15 @@ def train_step(
     phases.enter("update")
     if not result.refused:
         gradients.apply()
-    return replace(result, layer_norms=layer_norms)
+    return replace(result, layer_norms=layer_norms, batch_losses=list(by_batch[:, 0]))
 
 
 def forward_backward(model: list[DistributedDataParallel], batches: list[Batch], forward_only: bool = False) -> Tensor:
     """Run megatron-core's schedule over `batches`; gradients end up reduced and divided by the global count.
 
     Returns:
-        [2, TIME_BINS] fp64: sum of the loss and number of latent positions of this replica, by t; zeros but on the
-        last stage.
+        [m, 2, TIME_BINS] fp64: sum of the loss and number of latent positions, by t, of each of this replica's m
+        micro-batches; m = 0 but on the last stage.
     """
     outputs = run_schedule(
         forward_step,
@@ -101,9 +104,9 @@ def forward_backward(model: list[DistributedDataParallel], batches: list[Batch],
     )
     # Stages before the last compute no loss.
     if not outputs:
-        return torch.zeros(2, TIME_BINS, dtype=torch.float64, device=next(model[0].parameters()).device)
+        return torch.zeros(0, 2, TIME_BINS, dtype=torch.float64, device=next(model[0].parameters()).device)
     # fp64: sums of thousands of micro-batches keep their digits.
-    return torch.stack([output["sums_and_counts"] for output in outputs]).sum(0)
+    return torch.stack([output["sums_and_counts"] for output in outputs])
 
 
 def run_schedule(

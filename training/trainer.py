@@ -19,12 +19,17 @@ from training.corrupt_samples import ReplicaAgreement, check_corrupt
 from training.data import StepBatches, StepData, iterate_steps
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
+from training.diverged import DivergedError
 from training.ema import EMA
 from training.events import EventLog
 from training.layer_norms import LayerProbe
 from training.optimizer import learning_rate, set_learning_rate
 from training.phases import Phases
 from training.rank_table import RankTable
+from training.refused_steps import name_batches
+from training.rollback import tell_spike
+from training.skipped_data import RemainingSteps, data_step
+from training.spikes import note_step
 from training.stop_signal import StopSignal
 from training.telemetry import Telemetry
 from training.train_step import StepResult
@@ -65,7 +70,7 @@ class Trainer:
     def steps_from_here(self) -> Iterator[StepData]:
         """The data of all steps to come; its position is the step number, nothing of the loader is stored."""
         steps = iterate_steps(
-            self.batches,
+            RemainingSteps(self.batches, self.state.skipped_data),
             self.state.step,
             self.config.training.steps,
             self.config.data.workers,
@@ -113,7 +118,7 @@ class Trainer:
         if self.saver.busy:
             self.telemetry.say(f"the checkpoint of step {self.state.step} waits for the one before it")
         # For the reader of train_state.json; a resume needs the step alone.
-        self.state.consumed_samples = self.plan.consumed(self.state.step)
+        self.state.consumed_samples = self.plan.consumed(data_step(self.state.step, self.state.skipped_data))
         self.saver.save(self.model, self.optimizer, self.state, self.config, self.ema)
         self.stop.between_steps()
 
@@ -126,11 +131,11 @@ class Trainer:
         self.phases.enter("checkpoint", self.state.step)
         self.saver.finish()
 
-    def count(self, result: StepResult) -> None:
+    def count(self, step: StepData, result: StepResult) -> None:
         """Note that a step is done, and let the averages follow the weights.
 
         Raises:
-            RuntimeError: too many steps in a row were refused.
+            DivergedError: too many steps in a row were refused.
             UserError: too many samples could not be read.
         """
         self.state.step += 1
@@ -139,12 +144,15 @@ class Trainer:
         if self.ema is not None and not result.refused:
             self.ema.update()
         if result.refused:
-            self._tell_refused(result)
+            self._tell_refused(step, result)
         self.state.corrupt_samples += result.corrupt_samples
         check_corrupt(self.state.corrupt_samples, self.config.data.max_corrupt_samples)
+        spike = note_step(self.state, result, self.config.faults)
+        if spike is not None:
+            tell_spike(self, spike)
         limit = self.config.training.max_refused_steps
         if self.state.refused_in_a_row >= limit:
-            raise RuntimeError(
+            raise DivergedError(
                 f"{limit} steps in a row had a non-finite loss or gradient; the last good checkpoint is in "
                 f"{self.config.run.output_dir}/checkpoints. Lower optimizer.learning_rate, or look at the data"
             )
@@ -166,9 +174,15 @@ class Trainer:
         self.stop.saw_save(report.seconds)
         self.events.record("save", report.step, **report.details())
 
-    def _tell_refused(self, result: StepResult) -> None:
+    def _tell_refused(self, step: StepData, result: StepResult) -> None:
+        batches = name_batches(step, result, self.data)
+        if self.telemetry.active:
+            in_a_row = self.state.refused_in_a_row
+            details = {"loss": result.loss, "grad_norm": result.grad_norm, "in_a_row": in_a_row, "batches": batches}
+            self.events.record("refused_step", self.state.step, **details)
         limit = self.config.training.max_refused_steps
         self.telemetry.say(
             f"step {self.state.step} REFUSED: loss {result.loss}, gradient norm {result.grad_norm}; weights are "
-            f"unchanged ({self.state.refused_in_a_row} in a row, {limit} stop the run)"
+            f"unchanged ({self.state.refused_in_a_row} in a row, {limit} stop the run); samples: "
+            + "; ".join(f"{batch['bucket']}: {', '.join(batch['samples'])}" for batch in batches[:4])
         )

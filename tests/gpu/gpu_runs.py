@@ -101,7 +101,7 @@ def one_step(
     for _ in range(warm_up + 1):
         for chunk in model:
             chunk.zero_grad_buffer()
-        total, count = forward_backward(model, batches).sum(1).tolist()
+        total, count = forward_backward(model, batches).sum((0, 2)).tolist()
     parameters = [item for chunk in chunks for item in chunk.named_parameters()]
     gradients = {name: parameter.main_grad.detach().float().cpu().clone() for name, parameter in parameters}
     # Pipeline stages before the last count no loss.
