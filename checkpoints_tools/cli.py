@@ -1,15 +1,18 @@
-"""`megatron-video ckpt`: convert checkpoints between their forms, and compare two of them bit by bit."""
+"""`megatron-video ckpt`: convert checkpoints between their forms, compare two bit by bit, verify one by checksums."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints_tools import average
 from checkpoints_tools.convert import convert, digests, open_checkpoint
 from checkpoints_tools.released import GIGABYTE
+from checkpoints_tools.verify import checkpoints_of, verify
 
 DIFFERENT_EXIT_CODE = 1
 
@@ -43,6 +46,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("second", type=Path)
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_compare)
+
+    command = commands.add_parser(
+        "verify",
+        help="read a checkpoint and compare every file with the checksum it was written with",
+        description="Exit code 0: whole, 1: damaged; every file that is wrong is named.",
+    )
+    command.add_argument("path", type=Path, help="run folder (its newest checkpoint) or step folder")
+    command.add_argument("--all", action="store_true", help="all checkpoints of the run")
+    command.add_argument("--threads", type=int, default=4, help="files read at the same time (default 4)")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_verify)
+    average.add_command(commands)
     return parser
 
 
@@ -69,3 +84,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         print(f"equal: {len(first)} tensors, bit by bit")
     return DIFFERENT_EXIT_CODE if different else 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    verdicts = []
+    for folder in checkpoints_of(arguments.path, arguments.all):
+        verdict = verify(folder, arguments.threads, lambda line: print(line, file=sys.stderr, flush=True))
+        verdicts.append(verdict)
+        if not arguments.json:
+            print(f"{folder}: {'whole' if verdict.whole else 'DAMAGED'}")
+            print("".join(f"  {fault}\n" for fault in verdict.faults), end="")
+            if verdict.without_checksum:
+                print(f"  of {len(verdict.without_checksum)} files only the size was recorded")
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts]))
+    return 0 if all(verdict.whole for verdict in verdicts) else DIFFERENT_EXIT_CODE

@@ -94,7 +94,7 @@ def newest_checkpoint(
     Raises:
         UserError: the newest was complete and is not any more.
     """
-    for folder in reversed(_step_folders(checkpoints_dir)):
+    for folder in reversed(step_folders(checkpoints_dir)):
         if up_to_step is not None and _step(folder) > up_to_step:
             continue
         fault = find_fault(folder)
@@ -169,7 +169,7 @@ def prune(checkpoints_dir: Path, keep: int, settings: CheckpointConfig) -> list[
     Returns:
         Those that are gone.
     """
-    stored = [Stored(folder, _step(folder), _written(folder)) for folder in _step_folders(checkpoints_dir)]
+    stored = [Stored(folder, _step(folder), _written(folder)) for folder in step_folders(checkpoints_dir)]
     gone = []
     for item in deletable(stored, keep, settings, time.time()):
         _delete(item.folder)
@@ -184,7 +184,7 @@ def discard_newer(checkpoints_dir: Path, step: int) -> list[Path]:
         Those that are gone.
     """
     write_durably(checkpoints_dir / LATEST_FILE, step_folder(checkpoints_dir.parent, step).name + "\n")
-    newer = [folder for folder in _step_folders(checkpoints_dir) if _step(folder) > step]
+    newer = [folder for folder in step_folders(checkpoints_dir) if _step(folder) > step]
     for folder in newer:
         _delete(folder)
     return newer
@@ -217,7 +217,7 @@ def _flip_found_by_any(folder: Path) -> str | None:
     return next((flip for flip in found if flip), None)
 
 
-def _step_folders(checkpoints_dir: Path) -> list[Path]:
+def step_folders(checkpoints_dir: Path) -> list[Path]:
     """Those of exactly our names, in the order of their steps."""
     if not checkpoints_dir.is_dir():
         return []
