@@ -9,7 +9,6 @@ filling up to a level, with the result that placing one after the other has.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,32 +32,39 @@ class PlannedBatch:
     """[b] indices in the data set."""
     epochs: Integers
     """[b] from 0; of samples with weights: a number that no other draw of the sample has."""
+    draw: int = -1
+    """Which of the step's draws it was cut from; -1 for images on top of the draws."""
 
 
 @dataclass(frozen=True)
 class _Pile:
-    """Items of one bucket that cost alike."""
+    """Items of one bucket that cost alike: micro-batches (or draws of several) of videos, or single images."""
 
     bucket: str
-    batches: list[PlannedBatch]
+    items: list[list[PlannedBatch]]
     is_image: bool
     counts: Integers
-    """[replicas]: videos count micro-batches, images samples."""
+    """[replicas] items of each."""
 
     def share(self, rank: int, image_size: int) -> list[PlannedBatch]:
         """Micro-batches of one replica."""
         first = int(self.counts[:rank].sum())
         last = first + int(self.counts[rank])
         if not self.is_image:
-            return self.batches[first:last]
-        samples = np.concatenate([batch.samples for batch in self.batches])[first:last]
-        epochs = np.concatenate([batch.epochs for batch in self.batches])[first:last]
-        # Pieces of equal size: a last one of a few samples would use the device badly.
-        pieces = math.ceil(len(samples) / image_size)
-        cuts = [(last - first) * piece // max(1, pieces) for piece in range(pieces + 1)]
-        return [
-            PlannedBatch(self.bucket, samples[low:high], epochs[low:high]) for low, high in itertools.pairwise(cuts)
-        ]
+            return [batch for item in self.items[first:last] for batch in item]
+        batches = [batch for item in self.items for batch in item]
+        samples = np.concatenate([batch.samples for batch in batches])[first:last]
+        epochs = np.concatenate([batch.epochs for batch in batches])[first:last]
+        return cut_evenly(self.bucket, samples, epochs, image_size)
+
+    def cost(self, costs: Costs, image_size: int) -> Floats:
+        """[replicas] cost of what each gets."""
+        samples = self.counts * (1 if self.is_image else sum(len(batch.samples) for batch in self.items[0]))
+        return costs.sample[self.bucket] * samples + costs.micro_batch[self.bucket] * self.micro_batches(image_size)
+
+    def micro_batches(self, image_size: int) -> Integers:
+        """[replicas] micro-batches of each."""
+        return -(-self.counts // image_size) if self.is_image else self.counts * len(self.items[0])
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,16 @@ class Dealing:
     @property
     def micro_batches(self) -> Integers:
         """[replicas] number of micro-batches of each."""
-        return sum(
-            (-(-pile.counts // self.image_sizes[pile.bucket]) if pile.is_image else pile.counts for pile in self.piles),
-            start=np.zeros(len(self.loads), dtype=np.int64),
-        )
+        return np.sum([pile.micro_batches(self.image_sizes[pile.bucket]) for pile in self.piles], axis=0)
+
+    def loads_by(self, costs: Costs) -> Floats:
+        """[replicas] cost of each by other costs than it was dealt by."""
+        return np.sum([pile.cost(costs, self.image_sizes[pile.bucket]) for pile in self.piles], axis=0)
 
 
-def deal_by_cost(batches: Sequence[PlannedBatch], size: int, costs: Costs, sizes: Mapping[str, int]) -> Dealing:
+def deal_by_cost(
+    batches: Sequence[PlannedBatch], size: int, costs: Costs, sizes: Mapping[str, int], whole_draws: bool = False
+) -> Dealing:
     """Share one step's micro-batches out to `size` replicas.
 
     Args:
@@ -96,23 +105,32 @@ def deal_by_cost(batches: Sequence[PlannedBatch], size: int, costs: Costs, sizes
         size: replicas.
         costs: of samples and micro-batches.
         sizes: largest micro-batch of every bucket.
+        whole_draws: give all micro-batches of a draw of videos to one replica: draws that were made to cost alike.
 
     Raises:
-        UserError: fewer videos' micro-batches and images than replicas.
+        UserError: fewer items than replicas.
     """
     loads = np.zeros(size)
     piles = []
-    for bucket, length, members in _alike(batches, costs):
-        image = is_image(bucket)
-        count = sum(len(batch.samples) for batch in members) if image else len(members)
-        # The overhead of a micro-batch is shared by the images in it.
-        cost = costs.of(bucket, 1) if not image else costs.sample[bucket] + costs.micro_batch[bucket] / sizes[bucket]
-        counts = fill_up(loads, count, cost if image else costs.of(bucket, length))
-        taken = -(-counts // sizes[bucket]) if image else counts
-        loads = loads + costs.sample[bucket] * counts * (1 if image else length) + costs.micro_batch[bucket] * taken
-        piles.append(_Pile(bucket, members, image, counts))
+    for bucket, image, items in _alike(batches, costs, whole_draws):
+        if image:
+            count = sum(len(batch.samples) for item in items for batch in item)
+            # The overhead of a micro-batch is shared by the images in it.
+            cost = costs.sample[bucket] + costs.micro_batch[bucket] / sizes[bucket]
+        else:
+            count, cost = len(items), _cost(items[0], costs)
+        piles.append(_Pile(bucket, items, image, fill_up(loads, count, cost)))
+        loads = loads + piles[-1].cost(costs, sizes[bucket])
     _check_all_have_work(piles, size)
     return Dealing(piles, sizes, loads)
+
+
+def cut_evenly(bucket: str, samples: Integers, epochs: Integers, most: int, draw: int = -1) -> list[PlannedBatch]:
+    """Micro-batches of at most `most` samples, of sizes that differ by one at most: a last one of a few samples would
+    use the device badly."""
+    pieces = -(-len(samples) // most)
+    cuts = [len(samples) * piece // max(1, pieces) for piece in range(pieces + 1)]
+    return [PlannedBatch(bucket, samples[low:high], epochs[low:high], draw) for low, high in itertools.pairwise(cuts)]
 
 
 def loads_in_turn(batches: Sequence[PlannedBatch], size: int, costs: Costs) -> Floats:
@@ -146,20 +164,25 @@ def fill_up(loads: Floats, count: int, cost: float) -> Integers:
     return counts
 
 
-def _alike(batches: Sequence[PlannedBatch], costs: Costs) -> Iterator[tuple[str, int, list[PlannedBatch]]]:
-    """(bucket, samples of a micro-batch, micro-batches) of all that cost alike: videos before images, and of each kind
-    the most expensive item first."""
-    alike: dict[tuple[bool, str, int], list[PlannedBatch]] = {}
-    for batch in batches:
-        image = is_image(batch.bucket)
-        alike.setdefault((image, batch.bucket, 1 if image else len(batch.samples)), []).append(batch)
+def _alike(
+    batches: Sequence[PlannedBatch], costs: Costs, whole_draws: bool
+) -> Iterator[tuple[str, bool, list[list[PlannedBatch]]]]:
+    """(bucket, whether of images, items) of all that cost alike: videos before images, and of each kind the most
+    expensive item first."""
+    alike: dict[tuple[bool, float, str], list[list[PlannedBatch]]] = {}
+    numbered = enumerate(batches)
+    for _, members in itertools.groupby(numbered, lambda at: (at[1].bucket, at[1].draw) if whole_draws else at[0]):
+        item = [batch for _, batch in members]
+        bucket = item[0].bucket
+        image = is_image(bucket)
+        key = (image, -(costs.sample[bucket] if image else _cost(item, costs)), bucket)
+        alike.setdefault(key, []).append(item)
+    for key in sorted(alike):
+        yield key[2], key[0], alike[key]
 
-    def place(key: tuple[bool, str, int]) -> tuple[bool, float, str]:
-        image, bucket, length = key
-        return image, -costs.of(bucket, length), bucket
 
-    for key in sorted(alike, key=place):
-        yield key[1], key[2], alike[key]
+def _cost(item: Sequence[PlannedBatch], costs: Costs) -> float:
+    return costs.of(item[0].bucket, sum(len(batch.samples) for batch in item), len(item))
 
 
 def _check_all_have_work(piles: Sequence[_Pile], size: int) -> None:

@@ -14,8 +14,8 @@ import yaml
 
 from megatron_video.errors import UserError
 
-# How far the mean size of a micro-batch may be from the wanted one, for micro-batches that cost more alike.
-_MEAN_TOLERANCE = 0.1
+# How far the mean size of a draw may be from the wanted one, for draws that cost more alike.
+_MEAN_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -66,44 +66,42 @@ def read_profile(path: str | Path, buckets: list[str]) -> Costs:
 
 
 def coarse_sizes(
-    flops: Mapping[str, float], shares: Mapping[str, float], micro_batch_size: int, bounds: Mapping[str, int]
+    flops: Mapping[str, float], shares: Mapping[str, float], mean_size: int
 ) -> tuple[dict[str, int], float]:
-    """Micro-batch size of every bucket, B_r = floor(F_target / (alpha * F_r)) (arXiv 2502.10248, Eq. 12), at least 1.
+    """Samples of a draw from every bucket: B_r = floor(F_target / (alpha * F_r)), at least 1.
 
-    F_target is the cost of `micro_batch_size` of the most expensive samples. The paper's alpha "keeps the global batch
-    consistent" and is not given; here it is the one with which a micro-batch has `micro_batch_size` samples on average,
-    to within a tenth, and among those the one whose micro-batches cost most alike.
+    Equation 12 of arXiv 2502.10248. F_target is the cost of `mean_size` of the most expensive samples. The paper's alpha "keeps the global batch
+    consistent" and is not given; here it is the one with which a draw has `mean_size` samples on average, to within
+    15 %, and among those the one whose draws cost most alike.
 
     Args:
         flops: of one sample of every bucket.
-        shares: fraction of the drawn samples by bucket, for those over which is averaged. The other buckets, whose
-            samples are placed one by one, may cost as much as the most expensive micro-batch of these.
-        micro_batch_size: mean samples of a micro-batch.
-        bounds: largest size of every bucket.
+        shares: of the drawn samples by bucket; the others are never drawn.
+        mean_size: samples of a draw, on average.
 
     Returns:
         The sizes, and alpha.
     """
-    drawn = {name: share for name, share in shares.items() if share > 0}
-    target = micro_batch_size * max(flops[name] for name in drawn)
+    total = math.fsum(shares.values())
+    drawn = {name: share / total for name, share in shares.items() if share > 0}
+    target = mean_size * max(flops[name] for name in drawn)
     mean_flops = math.fsum(share * flops[name] for name, share in drawn.items())
 
     def size_of(name: str, limit: float) -> int:
         # A hair more: a limit that was computed as n * F_r must give n.
-        return min(bounds[name], max(1, math.floor(limit / flops[name] * (1 + 1e-12))))
+        return max(1, math.floor(limit / flops[name] * (1 + 1e-12)))
 
     def misfit(limit: float) -> tuple[float, float, float]:
         sizes = {name: size_of(name, limit) for name in drawn}
         mean = 1 / math.fsum(share / sizes[name] for name, share in drawn.items())
-        deviation = abs(mean / micro_batch_size - 1)
+        deviation = abs(mean / mean_size - 1)
         spread = max(sizes[name] * flops[name] for name in drawn) / (mean * mean_flops)
         return max(_MEAN_TOLERANCE, deviation), spread, deviation
 
     # Between these limits no size changes.
     limits = {n * flops[name] for name in drawn for n in range(1, math.floor(target / flops[name]) + 1)}
     limit = min(sorted(limits | {target}), key=misfit)
-    largest = max(size_of(name, limit) * flops[name] for name in drawn)
-    return {name: size_of(name, limit if name in drawn else largest) for name in flops}, target / limit
+    return {name: size_of(name, limit) for name in flops}, target / limit
 
 
 def _line(path: str | Path, bucket: str, value: Any) -> tuple[float, float]:

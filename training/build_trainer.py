@@ -28,7 +28,6 @@ from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
 from training.rank_table import RankTable
 from training.run_plan import plan_run
-from training.skipped_data import add_windows
 from training.startup import describe_changes, describe_run
 from training.stop_signal import StopSignal
 from training.telemetry import Telemetry
@@ -43,7 +42,7 @@ def build_trainer(
 ) -> Trainer:
     """Build data order, model and optimizer, and bring them to where the run stands."""
     plan = plan_run(config, data)
-    check_position_count(config, data, plan.micro_batch_sizes)
+    check_position_count(config, data, plan.sizes.draw)
     # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
     identity = {"data set": data.fingerprint(), **plan.identity()}
     found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints", config.checkpoint)
@@ -72,7 +71,6 @@ def build_trainer(
         take_initial_optimizer(config.run, model, optimizer)
     ema = build_ema(config.ema, optimizer)
     state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
-    state.skipped_data = add_windows(config.faults.skip_data_steps, state.skipped_data, state.step)
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):
@@ -107,17 +105,17 @@ def build_trainer(
     )
 
 
-def check_position_count(config: PretrainConfig, data: TrainingData, sizes: Mapping[str, int]) -> None:
+def check_position_count(config: PretrainConfig, data: TrainingData, draw_sizes: Mapping[str, int]) -> None:
     """megatron-core adds up the latent positions of a step in int32, and context-parallel ranks each count them.
 
     Raises:
         UserError: a step could have more of them than an int32 holds.
     """
-    micro_batches, shapes = config.data.micro_batches_per_step, data.shapes
-    count = micro_batches * max(shapes[name].tokens * size for name, size in sizes.items())
+    draws, shapes = config.data.global_batch_size // config.data.samples_per_draw, data.shapes
+    count = draws * max(shapes[name].tokens * size for name, size in draw_sizes.items())
     if config.data.images_per_video is not None:
         images = [name for name, shape in shapes.items() if shape.frames == 1]
-        videos = micro_batches * max(size for name, size in sizes.items() if name not in images)
+        videos = draws * max(size for name, size in draw_sizes.items() if name not in images)
         count += int(videos * config.data.images_per_video + 1) * max(shapes[name].tokens for name in images)
     count *= config.parallel.context_parallel_size
     if count >= 2**31:

@@ -189,7 +189,7 @@ class PretrainConfig:
             self.fp8,
             world_size=world_size,
             micro_batches=self.data.micro_batches_per_step,
-            micro_batch_size=self.data.micro_batch_size,
+            micro_batch_size=self.data.samples_dealt_together,
             samples_per_draw=self.data.samples_per_draw,
             balance=self.data.balance,
             images_per_video=self.data.images_per_video,

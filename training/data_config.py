@@ -33,9 +33,9 @@ class DataConfig:
     micro_batch_size: int = 1
     """Samples of one forward pass on one replica."""
     bucket_micro_batch_sizes: dict[str, int] | Literal["auto"] = field(default_factory=dict)
-    """Other micro-batch sizes for single buckets, so that small and large samples cost alike. auto: sizes of about
-    equal FLOPs (arXiv 2502.10248, Eq. 12) with micro_batch_size samples on average, and never more tokens than
-    micro_batch_size of the longest samples have."""
+    """Other micro-batch sizes for single buckets, so that small and large samples cost alike. auto: draws of about
+    equal FLOPs (arXiv 2502.10248, Eq. 12) with draw_size samples on average (to within 15 %), each given to one replica
+    and cut into micro-batches of at most as many tokens as micro_batch_size of the longest samples have."""
     global_batch_size: int = 1
     """Samples of one optimizer step over all replicas and accumulated micro-batches, counted at micro_batch_size;
     without those of images_per_video."""
@@ -123,9 +123,15 @@ class DataConfig:
         return self.draw_size if self.draw_size is not None else self.micro_batch_size
 
     @property
+    def samples_dealt_together(self) -> int:
+        """Samples of the smallest part of a step that is given to one replica: a micro-batch, or an automatic draw."""
+        return self.samples_per_draw if self.bucket_micro_batch_sizes == "auto" else self.micro_batch_size
+
+    @property
     def micro_batches_per_step(self) -> int:
-        """Micro-batches of one optimizer step over all replicas."""
-        return self.global_batch_size // self.micro_batch_size
+        """Micro-batches of one optimizer step over all replicas; automatic draws count as one each, however they are
+        cut."""
+        return self.global_batch_size // self.samples_dealt_together
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ _FITTING_ROUNDS = 2000
 _CLOSE_ENOUGH = 1e-9
 
 
+@functools.cache  # asked for every micro-batch, of a few names
 def is_image(bucket: str) -> bool:
     """Whether samples of the bucket are single frames."""
     return parse_bucket(bucket).frames == 1

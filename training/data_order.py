@@ -132,6 +132,8 @@ class BucketOrder:
 
     def take(self, first: int, count: int) -> tuple[Integers, Integers]:
         """`count` samples from place `first` on, and their numbers, as GroupOrder.take gives them."""
+        if count == 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         if len(self._orders) == 1:
             return self._orders[0].take(np.arange(first, first + count))
         choices, before = self.interleaving.choices(first, count), self.interleaving.counts_before(first)

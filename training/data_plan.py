@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from megatron_video.errors import UserError
-from training.balance import Dealing, PlannedBatch, deal_by_cost
+from training.balance import Dealing, PlannedBatch, cut_evenly, deal_by_cost
 from training.balance_cost import Costs
 from training.data_config import DataConfig
 from training.data_mix import bucket_shares, group_shares, of_kind
@@ -26,6 +27,18 @@ from training.sample_groups import GroupKey, SampleGroup
 
 # Part of every key: another order of the data needs another number, so that old runs are not silently continued.
 _SCHEME = "megatron-video-plan-2"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Samples by bucket."""
+
+    draw: Mapping[str, int]
+    """That are drawn together."""
+    micro_batch: Mapping[str, int]
+    """Of a micro-batch at most; a draw is cut into as few as possible."""
+    whole_draws: bool = False
+    """Draws cost alike, so that a replica is given whole ones."""
 
 
 class DataPlan:
@@ -37,7 +50,7 @@ class DataPlan:
         seed: the run's seed.
         stage: the training stage's name.
         source_weights: share of every source; None draws samples of all sources equally often.
-        sizes: micro-batch size of every bucket, where the configuration leaves it to be computed ("auto").
+        sizes: of draws and micro-batches, where the configuration leaves them to be computed ("auto").
         costs: by which micro-batches are dealt to replicas; None deals them out in turn.
 
     Raises:
@@ -51,16 +64,14 @@ class DataPlan:
         seed: int,
         stage: str,
         source_weights: Mapping[str, float] | None = None,
-        sizes: Mapping[str, int] | None = None,
+        sizes: BatchSizes | None = None,
         costs: Costs | None = None,
     ) -> None:
         # Sorted by name: independent of the order in which the shards list them.
         self.buckets = sorted({bucket for _, bucket in groups})
         check_bucket_names(self.buckets, config)
         self.draws_per_step = config.global_batch_size // config.samples_per_draw
-        self.batches_per_draw = config.samples_per_draw // config.micro_batch_size
-        self.micro_batch_sizes = dict(sizes or configured_sizes(self.buckets, config))
-        self.draw_sizes = {name: size * self.batches_per_draw for name, size in self.micro_batch_sizes.items()}
+        self.sizes = sizes or configured_sizes(self.buckets, config)
         self.costs = costs
         self._key = f"{_SCHEME}/{seed}/{stage}"
         self._images_per_video = Fraction(str(config.images_per_video or 0))
@@ -70,7 +81,7 @@ class DataPlan:
         self._orders = {name: _order(groups, {**shares, **added_shares}, name, self._key) for name in self.buckets}
         # Shares count samples, the interleaving counts draws.
         self._drawn = bucket_shares(shares)
-        weights = [share / self.draw_sizes[name] for name, share in self._drawn.items()]
+        weights = [share / self.sizes.draw[name] for name, share in self._drawn.items()]
         self._draws = Interleaving(weights, f"{self._key}/buckets")
         self._added = bucket_shares(added_shares)
         self._images = Interleaving(list(self._added.values()) or [1.0], f"{self._key}/images")
@@ -80,13 +91,13 @@ class DataPlan:
         first = step * self.draws_per_step
         names, before = list(self._drawn), self._draws.counts_before(first)
         choices = self._draws.choices(first, self.draws_per_step)
-        cut = {}
-        for choice, draws in enumerate(np.bincount(choices, minlength=len(names)).tolist()):
-            size = self.draw_sizes[names[choice]]
-            cut[choice] = iter(self._cut(names[choice], before[choice] * size, draws * size))
+        batches: list[list[PlannedBatch]] = [[] for _ in choices]
+        for choice in np.unique(choices).tolist():
+            draws = np.flatnonzero(choices == choice).tolist()
+            for draw, cut in zip(draws, self._draws_of(names[choice], before[choice], draws), strict=True):
+                batches[draw] = cut
         # In the order of the draws: dealing in turn then gives replicas equal shapes at the same time.
-        batches = [b for choice in choices.tolist() for b in itertools.islice(cut[choice], self.batches_per_draw)]
-        return batches + self._added_images(step)
+        return [*itertools.chain.from_iterable(batches), *self._added_images(step)]
 
     def rank_share(self, step: int, rank: int, size: int) -> list[PlannedBatch]:
         """The micro-batches of `step` for data-parallel rank `rank` of `size`."""
@@ -109,7 +120,7 @@ class DataPlan:
         """Samples drawn from every bucket before `step`."""
         draws = self._draws.counts_before(step * self.draws_per_step)
         images = self._images.counts_before(self._images_before(step))
-        consumed = {name: count * self.draw_sizes[name] for name, count in zip(self._drawn, draws, strict=True)}
+        consumed = {name: count * self.sizes.draw[name] for name, count in zip(self._drawn, draws, strict=True)}
         return consumed | dict(zip(self._added, images, strict=False))
 
     def identity(self) -> dict[str, Any]:
@@ -118,7 +129,7 @@ class DataPlan:
             "scheme": self._key,
             "draws per epoch": {name: order.draws_per_epoch for name, order in self._orders.items()},
             "draws per step": self.draws_per_step,
-            "draw sizes": {name: self.draw_sizes[name] for name in self._drawn},
+            "draw sizes": {name: self.sizes.draw[name] for name in self._drawn},
             "draw shares": self._draws.fractions,
             "images per video": str(self._images_per_video),
             "image shares": self._images.fractions,
@@ -127,7 +138,7 @@ class DataPlan:
 
     def samples_per_step(self) -> float:
         """Mean number of samples of a step."""
-        sizes = [self.draw_sizes[name] for name in self._drawn]
+        sizes = [self.sizes.draw[name] for name in self._drawn]
         videos = sum(size * share for size, share in zip(sizes, self._draws.fractions, strict=True))
         return self.draws_per_step * videos * float(1 + self._images_per_video)
 
@@ -139,30 +150,35 @@ class DataPlan:
 
     def _dealing(self, batches: list[PlannedBatch], size: int) -> Dealing:
         assert self.costs is not None
-        return deal_by_cost(batches, size, self.costs, self.micro_batch_sizes)
+        return deal_by_cost(batches, size, self.costs, self.sizes.micro_batch, self.sizes.whole_draws)
 
     def _added_images(self, step: int) -> list[PlannedBatch]:
         if not self._added:
             return []
         first, last = (self._images.counts_before(self._images_before(at)) for at in (step, step + 1))
-        taken = zip(self._added, first, last, strict=True)
-        return [batch for name, low, high in taken for batch in self._cut(name, low, high - low)]
+        return [
+            batch
+            for name, low, high in zip(self._added, first, last, strict=True)
+            for batch in cut_evenly(name, *self._orders[name].take(low, high - low), self.sizes.micro_batch[name])
+        ]
 
     def _images_before(self, step: int) -> int:
         """Images drawn before `step`: as many as are owed to the videos before it, rounded down."""
         if not self._images_per_video:
             return 0
         draws = self._draws.counts_before(step * self.draws_per_step)
-        videos = sum(count * self.draw_sizes[name] for name, count in zip(self._drawn, draws, strict=True))
+        videos = sum(count * self.sizes.draw[name] for name, count in zip(self._drawn, draws, strict=True))
         # A fraction of whole numbers: exact however long the run is.
         return math.floor(videos * self._images_per_video)
 
-    def _cut(self, bucket: str, first: int, count: int) -> list[PlannedBatch]:
-        if not count:
-            return []
-        samples, epochs = self._orders[bucket].take(first, count)
-        step = self.micro_batch_sizes[bucket]
-        return [PlannedBatch(bucket, samples[i : i + step], epochs[i : i + step]) for i in range(0, len(samples), step)]
+    def _draws_of(self, bucket: str, before: int, draws: list[int]) -> Iterator[list[PlannedBatch]]:
+        """Micro-batches of each of the step's `draws` from one bucket, of which `before` were made in earlier steps."""
+        size, most = self.sizes.draw[bucket], self.sizes.micro_batch[bucket]
+        # All at once: hundreds of draws one by one would cost more than their samples.
+        samples, epochs = self._orders[bucket].take(before * size, len(draws) * size)
+        for number, draw in enumerate(draws):
+            place = slice(number * size, (number + 1) * size)
+            yield cut_evenly(bucket, samples[place], epochs[place], most, draw)
 
 
 def split_images(
@@ -184,11 +200,13 @@ def split_images(
     return videos, images
 
 
-def configured_sizes(in_use: list[str], config: DataConfig) -> dict[str, int]:
-    """Micro-batch size of every bucket as the configuration gives it."""
+def configured_sizes(in_use: list[str], config: DataConfig) -> BatchSizes:
+    """Sizes of every bucket as the configuration gives them."""
     sizes = config.bucket_micro_batch_sizes
     assert not isinstance(sizes, str), "automatic sizes are computed by training.run_plan"
-    return {name: sizes.get(name, config.micro_batch_size) for name in in_use}
+    micro_batch = {name: sizes.get(name, config.micro_batch_size) for name in in_use}
+    batches_per_draw = config.samples_per_draw // config.micro_batch_size
+    return BatchSizes({name: size * batches_per_draw for name, size in micro_batch.items()}, micro_batch)
 
 
 def check_bucket_names(in_use: list[str], config: DataConfig) -> None:

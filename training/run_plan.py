@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_video.buckets import parse_bucket
 from megatron_video.dit.config import DiTConfig
+from megatron_video.errors import UserError
 from megatron_video.flops import training_flops
 from training.balance_cost import Costs, coarse_sizes, read_profile
 from training.config import PretrainConfig
+from training.data_config import DataConfig
 from training.data_mix import bucket_shares, group_shares
-from training.data_plan import DataPlan, check_bucket_names, configured_sizes, split_images
+from training.data_plan import BatchSizes, DataPlan, check_bucket_names, configured_sizes, split_images
 from training.sample_groups import GroupKey, SampleGroup
 
 if TYPE_CHECKING:
@@ -37,18 +39,19 @@ def plan_run(config: PretrainConfig, data: TrainingData) -> DataPlan:
         config.run.seed,
         config.run.stage,
         weights,
-        micro_batch_sizes(config, groups, weights),
+        batch_sizes(config, groups, weights),
         dealing_costs(config, mean_flops(config.model, data)),
     )
 
 
-def micro_batch_sizes(
+def batch_sizes(
     config: PretrainConfig, groups: Mapping[GroupKey, SampleGroup], source_weights: Mapping[str, float] | None
-) -> dict[str, int]:
-    """Micro-batch size of every bucket in use, as given or computed.
+) -> BatchSizes:
+    """Sizes of draws and micro-batches of every bucket in use, as given or computed.
 
     Raises:
-        UserError: shares or sizes that name other buckets than those in use, or that leave nothing to draw.
+        UserError: shares or sizes that name other buckets than those in use, that leave nothing to draw, or computed
+            draws of several micro-batches where replicas need equally many.
     """
     in_use = sorted({bucket for _, bucket in groups})
     check_bucket_names(in_use, config.data)
@@ -56,22 +59,46 @@ def micro_batch_sizes(
         return configured_sizes(in_use, config.data)
     drawn, _ = split_images(groups, config.data)
     shares = bucket_shares(group_shares(drawn, source_weights, config.data.bucket_weights))
-    return automatic_sizes(config.model, in_use, shares, config.data.micro_batch_size)[0]
+    sizes, _ = automatic_sizes(config.model, in_use, shares, config.data)
+    if not config.layout().balances_cost:
+        _check_single_micro_batches(config, sizes, list(shares))
+    return sizes
 
 
 def automatic_sizes(
-    model: DiTConfig, in_use: list[str], shares: Mapping[str, float], micro_batch_size: int
-) -> tuple[dict[str, int], float]:
-    """Micro-batch size of every bucket in use, and alpha, from the model and the buckets alone.
+    model: DiTConfig, in_use: Iterable[str], shares: Mapping[str, float], data: DataConfig
+) -> tuple[BatchSizes, float]:
+    """Draws of about equal cost, micro-batches that fit into memory, and alpha: from the model and the buckets alone.
 
-    Not from measured seconds: the order of the data depends on the sizes, and seconds change with the machine.
+    Not from measured seconds: the order of the data depends on the draws, and seconds change with the machine.
+
+    Args:
+        model: by whose cost.
+        in_use: buckets.
+        shares: of the drawn samples by bucket, for those that are drawn and do not come on top.
+        data: its draw_size and micro_batch_size.
     """
-    tokens = {name: parse_bucket(name).latent_shape.tokens // model.patch_size**2 for name in in_use}
+    tokens = tokens_of(model, in_use)
     flops = {name: float(training_flops(model.num_layers, model.hidden_size, n)) for name, n in tokens.items()}
-    # Equal FLOPs of short samples are more tokens, which is more memory; so many fit with fixed sizes too.
-    most = micro_batch_size * max(tokens[name] for name in shares)
-    bounds = {name: max(1, most // count) for name, count in tokens.items()}
-    return coarse_sizes(flops, shares, micro_batch_size, bounds)
+    draws, alpha = coarse_sizes(flops, shares, data.samples_per_draw)
+    # So many tokens fit with fixed sizes too. Equal FLOPs of short samples would be more.
+    most = data.micro_batch_size * max(tokens[name] for name in shares)
+    return BatchSizes(draws, {name: max(1, most // count) for name, count in tokens.items()}, whole_draws=True), alpha
+
+
+def _check_single_micro_batches(config: PretrainConfig, sizes: BatchSizes, drawn: list[str]) -> None:
+    cut = {name: sizes.draw[name] for name in drawn if sizes.draw[name] > sizes.micro_batch[name]}
+    if cut:
+        raise UserError(
+            f"data.bucket_micro_batch_sizes=auto: draws of {cut} samples take more than one micro-batch, and "
+            "dealt in turn every replica needs equally many"
+            f"{config.layout().and_why_equally_many}; give sizes by bucket, or raise data.micro_batch_size"
+        )
+
+
+def tokens_of(model: DiTConfig, buckets: Iterable[str]) -> dict[str, int]:
+    """Video tokens of a sample of every bucket."""
+    return {name: parse_bucket(name).latent_shape.tokens // model.patch_size**2 for name in buckets}
 
 
 def dealing_costs(config: PretrainConfig, flops: Mapping[str, float]) -> Costs | None:

@@ -14,9 +14,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_video.config_io import config_to_dict
+from megatron_video.shard_schema import DamagedSampleError
 from training.balance import loads_in_turn
 from training.balance_cost import Costs
-from megatron_video.shard_schema import DamagedSampleError
 from training.checkpoint import TrainState, read_config
 from training.config import PretrainConfig, RunConfig
 from training.data_mix import group_size
@@ -123,11 +123,11 @@ def _precision(config: PretrainConfig) -> Iterator[str]:
 def _batch(config: PretrainConfig, plan: DataPlan) -> str:
     data = config.data
     images = f" + {data.images_per_video} images for every video" if data.images_per_video else ""
-    sizes = sorted(set(plan.micro_batch_sizes.values()))
-    spread = f" ({sizes[0]} to {sizes[-1]} by bucket)" if len(sizes) > 1 else ""
+    parts, size = data.micro_batches_per_step, data.samples_dealt_together
+    sizes = "draws of equal cost" if plan.sizes.whole_draws else f"micro-batches of {size}"
     return (
-        f"global batch: {data.micro_batches_per_step} micro-batches of {data.micro_batch_size}{spread}{images} = "
-        f"{plan.samples_per_step():,.1f} samples on average; {data.samples_per_draw} samples of one bucket at a time"
+        f"global batch: {parts} {sizes}{images} = {plan.samples_per_step():,.1f} samples on average "
+        f"(data.global_batch_size={data.global_batch_size}); {data.samples_per_draw} samples of one bucket at a time"
     )
 
 
@@ -155,10 +155,12 @@ def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan, flops: 
         drawn = shares[name] * plan.samples_per_step()
         # After so many steps every sample of the bucket has been drawn once on average.
         epoch = f"epoch every {group_size(group) / drawn:,.1f} steps" if drawn else "never drawn"
+        draw, most = plan.sizes.draw[name], plan.sizes.micro_batch[name]
+        sizes = f"micro-batches of {min(draw, most)}" if draw <= most else f"draws of {draw} by up to {most}"
         yield (
             f"  bucket {name}: {len(group):,} samples, {shape.frames} x {shape.height} x {shape.width}{cut} = "
-            f"{tokens[name]:,} tokens, {_scaled(flops[name])}FLOP a sample, micro-batches of "
-            f"{plan.micro_batch_sizes[name]}, {shares[name]:.1%} of the samples, {epoch}"
+            f"{tokens[name]:,} tokens, {_scaled(flops[name])}FLOP a sample, {sizes}, "
+            f"{shares[name]:.1%} of the samples, {epoch}"
         )
     if data.absent_buckets:
         yield f"  not in the shards (data.buckets): {', '.join(data.absent_buckets)}"

@@ -52,7 +52,8 @@ def test_contradictions_are_refused_by_name(overrides: list[str], message: str) 
     ("world", "overrides", "message"),
     [
         (3, ["parallel.tensor_model_parallel_size=2"], "nearest that work: world_size=2; or parallel.tensor"),
-        (3, ["data.global_batch_size=8"], "nearest that work: data.global_batch_size=6, 9, 12"),
+        (3, ["data.global_batch_size=2"], "each of 3 replicas needs a micro-batch.*nearest that work: .*_size=3, 4, 5"),
+        (3, ["data.global_batch_size=8", "data.balance=none"], "nearest that work: data.global_batch_size=6, 9, 12"),
         (
             2,
             [
