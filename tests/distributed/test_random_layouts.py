@@ -75,13 +75,14 @@ def cases(draw: st.DrawFn) -> tuple[LayoutCase, Workload]:
     model_ranks = (
         fields["tensor_model_parallel_size"] * fields["pipeline_model_parallel_size"] * fields["context_parallel_size"]
     )
-    replicas = draw(st.sampled_from([size for size in (1, 2, 4, 8) if size * model_ranks <= MAX_RANKS]))
+    replicas = draw(st.sampled_from([size for size in (1, 2, 3, 4, 8) if size * model_ranks <= MAX_RANKS]))
     layout = Layout(
         ParallelConfig(**fields),
         model_config(workload),
         "fp32",
         world_size=model_ranks * replicas,
         micro_batches=len(workload.shapes),
+        balance="auto",
         hardware=Hardware(),
     )
     assume(layout.world_size > 1)

@@ -22,6 +22,7 @@ def layout_of(case: LayoutCase, dtype: Dtype, hardware: Hardware) -> Layout:
         "fp32" if dtype == "float32" else "bf16",
         world_size=case.ranks,
         micro_batches=len(workload.shapes),
+        balance="auto",
         hardware=hardware,
     )
 

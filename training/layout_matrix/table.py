@@ -168,6 +168,11 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("dp2_zero1_overlap", ZERO1_OVERLAP, 2, short=True),
     LayoutCase("dp4_zero1_overlap", ZERO1_OVERLAP, 4),
     LayoutCase("dp8_zero1", ZERO1, 8),
+    # Replicas with different numbers of micro-batches.
+    LayoutCase("dp3", {}, 3),
+    LayoutCase("dp3_overlap", OVERLAP, 3),
+    LayoutCase("dp3_zero1_overlap", ZERO1_OVERLAP, 3, short=True),
+    LayoutCase("dp5_zero1_overlap", ZERO1_OVERLAP, 5),
     LayoutCase("dp2_fsdp", FSDP, 2, short=True, short_bf16=True),
     LayoutCase("dp2_fsdp_optim", FSDP1, 2, short=True),
     LayoutCase("dp2_fsdp_optim_grads", FSDP2, 2, short=True),
@@ -197,6 +202,8 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("cp2_dp2_fsdp_optim", _cp(2) | FSDP1, 2),
     LayoutCase("pp2_dp2_overlap", _pp(2) | OVERLAP, 2),
     LayoutCase("pp2_dp2_zero1_overlap", _pp(2) | ZERO1_OVERLAP, 2, short=True),
+    LayoutCase("pp2_dp3_zero1_overlap", _pp(2) | ZERO1_OVERLAP, 3, short=True),
+    LayoutCase("tp2_sp_dp3_zero1_overlap", _tp_sp(2) | ZERO1_OVERLAP, 3),
     LayoutCase("cp2_dp2_zero1", _cp(2) | ZERO1, 2),
     LayoutCase("cp2_dp4_zero1_overlap", _cp(2, GATHER) | ZERO1_OVERLAP, 4),
     # Products of three and more, eight ranks.
