@@ -3,7 +3,7 @@
 FAULTS, in the environment, is a JSON list of objects: `kind` (a name of KINDS), `rank` (null for all), `step` (data
 step, from 0, whose batch is being built when it strikes), `last` (last such step, for kinds that strike again and
 again; without it the fault strikes once in the whole run, over all restarts) and the kind's own values. Product code
-knows nothing of it.
+knows nothing of it. The kind `slow_forward` needs no step: `rank`'s forward passes take `seconds` more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_video.cli import run_command
+from training import train_step
 from training.data import Batch, StepBatches, StepData
 from training.pretrain import main
 
@@ -51,6 +52,17 @@ def _scaled(batch: Batch, factor: float) -> Batch:
 KINDS: dict[str, Callable[[StepData, Fault], StepData]] = {"sleep": sleep, "send": send, "scale": scale}
 
 
+def slow_down_forward(seconds: float) -> None:
+    """Every forward pass of this rank takes `seconds` more."""
+    forward = train_step.forward_step
+
+    def forward_slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return forward(*args, **kwargs)
+
+    train_step.forward_step = forward_slowly
+
+
 def strikes(fault: Fault, step: int) -> bool:
     if int(os.environ["RANK"]) != fault["rank"] and fault["rank"] is not None:
         return False
@@ -67,6 +79,10 @@ def strikes(fault: Fault, step: int) -> bool:
 
 
 def plant(faults: list[Fault]) -> None:
+    for fault in faults:
+        if fault["kind"] == "slow_forward" and fault["rank"] == int(os.environ["RANK"]):
+            slow_down_forward(fault["seconds"])
+    faults = [fault for fault in faults if fault["kind"] in KINDS]
     build = StepBatches.__getitem__
 
     def build_with_faults(self: StepBatches, step: int) -> StepData:

@@ -54,6 +54,13 @@ class FaultConfig:
     skip_data_steps: list[tuple[int, int]] = field(default_factory=list)
     """Windows [first, end) of data steps, counted from 0, to leave out from now on; they may lie only in data that the
     run has not reached. What was left out stays so without being named again."""
+    straggler_every: int | None = 100
+    """Steps between two comparisons of the ranks' times (one small collective); null: none."""
+    straggler_ratio: float = 1.3
+    """A rank is named as slow if its own work (waiting for data, or forward and backward up to the first collective
+    with other replicas) takes this many times as long as the median of its peers ..."""
+    straggler_share: float = 0.05
+    """... and this share of a step longer."""
 
     def __post_init__(self) -> None:
         """Refuse times that mean nothing.
@@ -70,6 +77,15 @@ class FaultConfig:
             if seconds is not None and seconds <= 0:
                 raise ValueError(f"{name}={seconds} must be above 0")
         self._check_spikes()
+        self._check_stragglers()
+
+    def _check_stragglers(self) -> None:
+        if self.straggler_every is not None and self.straggler_every < 1:
+            raise ValueError(f"straggler_every={self.straggler_every} must be at least 1, or null")
+        if self.straggler_ratio <= 1:
+            raise ValueError(f"straggler_ratio={self.straggler_ratio} must be above 1")
+        if self.straggler_share < 0:
+            raise ValueError(f"straggler_share={self.straggler_share} must not be negative")
 
     def _check_spikes(self) -> None:
         for name in ("spike_window", "spike_steps", "spike_max_rollbacks_in"):

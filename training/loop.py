@@ -76,6 +76,7 @@ def run_steps(trainer: Trainer) -> str:
         )
         phases.enter("report")
         trainer.count(step, result)
+        trainer.tell_stragglers()
         trainer.telemetry.log_step(
             StepMetrics(
                 step=state.step,

@@ -31,6 +31,7 @@ from training.rollback import tell_spike
 from training.skipped_data import RemainingSteps, data_step
 from training.spikes import note_step
 from training.stop_signal import StopSignal
+from training.stragglers import StragglerWatch
 from training.telemetry import Telemetry
 from training.train_step import StepResult
 
@@ -56,10 +57,12 @@ class Trainer:
     checkups: Checkups
     ranks: RankTable
     saver: CheckpointSaver = field(init=False)
+    stragglers: StragglerWatch = field(init=False)
 
     def __post_init__(self) -> None:
         """Saves belong to the run as a whole; all ranks make theirs together."""
         settings, keep = self.config.checkpoint, self.config.training.keep_checkpoints
+        self.stragglers = StragglerWatch(self.config.faults, self.phases, self.ranks, self.device.device)
         self.saver = CheckpointSaver(Path(self.config.run.output_dir), settings, keep, self._tell_saved)
 
     @property
@@ -155,6 +158,25 @@ class Trainer:
             raise DivergedError(
                 f"{limit} steps in a row had a non-finite loss or gradient; the last good checkpoint is in "
                 f"{self.config.run.output_dir}/checkpoints. Lower optimizer.learning_rate, or look at the data"
+            )
+
+    def tell_stragglers(self) -> None:
+        """Name ranks that are slower than their peers, every straggler_every steps."""
+        for found in self.stragglers.after_step(self.state.step):
+            self.telemetry.say(str(found))
+            place = found.place
+            self.events.record(
+                "straggler",
+                self.state.step,
+                slow_rank=place.rank,
+                host=place.host,
+                coordinates=place.coordinates,
+                ranks=found.ranks,
+                phase=found.phase,
+                seconds=found.seconds,
+                others_seconds=found.others_seconds,
+                ratio=found.ratio,
+                z_score=found.z_score,
             )
 
     def close(self, state: str, reason: str) -> None:
