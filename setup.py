@@ -33,6 +33,7 @@ REQUIRED = [
     "tensorboard>=2.18,<3",
     "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
+    "rich>=13,<16",  # `watch`
 ]
 
 EXTRAS = {

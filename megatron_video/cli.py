@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vae": ("training.train_vae", "train the Video-VAE on clips"),
     "pretrain": ("training.pretrain", "train the DiT (under torchrun for several ranks)"),
     "curriculum": ("training.curriculum", "train the DiT in stages, each from the weights of the one before"),
+    "watch": ("training.watch", "how running jobs stand, on a terminal that is kept up to date"),
+    "report": ("training.report", "what a run did, with plots: one HTML file, or Markdown"),
     "plot-density": ("training.density_plot", "the density that a configuration draws timesteps from, as a picture"),
     "ckpt": ("checkpoints_tools.cli", "convert and verify checkpoints"),
     "sample": ("training.sample", "prompts -> mp4 videos and contact sheets"),

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_video import __version__
 from megatron_video.config_io import save_config
@@ -99,7 +99,7 @@ class Telemetry:
             save_config(config, run_dir / "config.yaml")
             write_json(run_dir / "status.json", {"state": "running", "step": first_step})
             self.life = record_life(run_dir, first_step)
-            self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._lines = open_lines(run_dir / "metrics.jsonl")
             # Steps that this life will do again are hidden in TensorBoard; metrics.jsonl keeps them.
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
@@ -230,6 +230,17 @@ def window_loss_by_time(window: Sequence[StepMetrics]) -> list[float | None]:
         count = sum(positions for _, positions in pairs)
         means.append(sum((loss or 0.0) * positions for loss, positions in pairs) / count if count else None)
     return means
+
+
+def open_lines(path: Path) -> TextIO:
+    """Open a file of lines to add to; a line that a kill left torn is ended, so that it does not spoil the next one."""
+    lines = path.open("a", encoding="utf-8")
+    if path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        lines.write("\n" if torn else "")
+    return lines
 
 
 def record_life(run_dir: Path, first_step: int) -> int:

@@ -1,0 +1,51 @@
+"""`megatron-video watch RUN ...`: how runs stand, on a terminal that is kept up to date; `--once` prints it once.
+
+It reads the end of the run's records only, so a run of months is watched as easily as one of minutes, from any machine
+that sees its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+
+from megatron_video.cli import run_command
+from training.run_tail import RunTail
+from training.watch_panel import run_panel
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show the runs until Ctrl-C, or once."""
+    arguments = _parse(argv)
+    tails = [RunTail(folder) for folder in arguments.runs]
+    # A pipe has no width; lines of 100 columns fit most places where they end up.
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if arguments.once:
+        for tail in tails:
+            tail.read()
+            console.print(run_panel(tail))
+        return 0
+    with Live(console=console, auto_refresh=False, screen=sys.stdout.isatty()) as live:
+        while True:
+            for tail in tails:
+                tail.read()
+            live.update(Group(*(run_panel(tail) for tail in tails)), refresh=True)
+            time.sleep(arguments.every)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron-video watch", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder named by run.output_dir")
+    parser.add_argument("--once", action="store_true", help="print the state and end")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between readings (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
