@@ -17,6 +17,7 @@ REQUIRED = [
     "psutil>=5.9,<8",  # megatron-core's asynchronous save hangs without it
     "einops>=0.8,<0.9",
     "safetensors>=0.5,<0.8",
+    "xxhash>=3.5,<4",  # checksums of shards
     "pydantic>=2.11,<3",
     "PyYAML>=6,<7",
     "webdataset>=1.0,<2",

@@ -28,6 +28,7 @@ from megatron_video.errors import UserError
 from megatron_video.manifest import read_manifest
 from megatron_video.shard_index_open import is_true
 from megatron_video.shard_schema import INDEX_FILE, MEMBER_SUFFIXES, DatasetInfo, ShardSample, file_sha256
+from megatron_video.shard_tar import is_intact
 from megatron_video.shards import ShardDataset, read_null_text
 
 _FAULTS_SHOWN = 20
@@ -105,7 +106,7 @@ def _check_tar(dataset: ShardDataset, shard: dict[str, Any]) -> Iterator[str]:
     if not path.is_file():
         yield f"{path}: missing"
         return
-    if file_sha256(path) != shard["sha256"]:
+    if not is_intact(path, shard):
         yield f"{path}: checksum differs: the file changed since it was written"
     rows = dataset.index.filter(pc.equal(dataset.index["shard"], shard["name"]))
     expected = _expected_members(rows)

@@ -39,6 +39,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "psutil": ("psutil", "asynchronous checkpoints of megatron-core hang without it"),
     "einops": ("einops", "hierarchical context parallelism of megatron-core"),
     "safetensors": ("safetensors", "released weights, shards"),
+    "xxhash": ("xxhash", "checksums of shards"),
     "pydantic": ("pydantic", "checked configuration"),
     "PyYAML": ("yaml", "presets and overrides"),
     "webdataset": ("webdataset", "shard format"),

@@ -97,7 +97,7 @@ class DatasetInfo:
     buckets: dict[str, int] = field(default_factory=dict)
     """Samples per bucket."""
     shards: list[dict[str, Any]] = field(default_factory=list)
-    """name, bytes, samples, sha256 of each tar."""
+    """name, bytes, samples and xxh3_128 (in older ones sha256) of each tar."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of the index and the null text."""
 

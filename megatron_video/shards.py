@@ -59,7 +59,7 @@ from megatron_video.shard_schema import (
     write_atomically,
 )
 from megatron_video.shard_schema import write_null_text as write_null_text
-from megatron_video.shard_tar import ShardTar
+from megatron_video.shard_tar import CHECKSUM, ShardTar, is_intact
 
 _OPEN_SHARDS = 64
 _ROW_GROUP = 1 << 18
@@ -163,7 +163,7 @@ class ShardWriter:
             self._tar.close()
 
     def _publish(self, checksum: str) -> None:
-        record = {"name": self.name, "bytes": self._tar.size, "samples": len(self._rows), "sha256": checksum}
+        record = {"name": self.name, "bytes": self._tar.size, "samples": len(self._rows), CHECKSUM: checksum}
         table = pa.Table.from_pylist(list(self._rows.values()), schema=INDEX_SCHEMA)
         # First the tar, then its index: an index without its tar must never exist.
         publish(self._temporary, self.folder / self.name)
@@ -302,7 +302,7 @@ def copy_shard(dataset: ShardDataset, record: Mapping[str, Any], folder: Path, n
     source = dataset.folder / record["name"]
     with appearing(folder / name) as temporary:
         _link_or_copy(source, temporary, link)
-        if file_sha256(temporary) != record["sha256"]:
+        if not is_intact(temporary, record):
             raise UserError(f"{source}: checksum differs: the file changed since it was written; encode it again")
     rows = dataset.index.filter(pc.equal(dataset.index["shard"], record["name"]))
     rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array([name] * len(rows), pa.string()))

@@ -109,7 +109,7 @@ def write_index(folder: Path, samples: int) -> None:
         for table in tables(samples):
             writer.write_table(table)
     names = [_shard(number) for number in range(-(-samples // PER_SHARD))]
-    shards = [{"name": name, "bytes": 1 << 30, "samples": PER_SHARD, "sha256": "0" * 64} for name in names]
+    shards = [{"name": name, "bytes": 1 << 30, "samples": PER_SHARD, "xxh3_128": "0" * 32} for name in names]
     info = DatasetInfo("vae", "text", 64, 8, 6, 5, samples=samples, shards=shards)
     (folder / INFO_FILE).write_text(json.dumps(asdict(info)))
 

@@ -1,9 +1,9 @@
-"""Writing shards: ours (index, crc32 of each sample, sha256 of the tar) against webdataset.ShardWriter.
+"""Writing shards: ours (index, crc32 of each sample, checksum of the tar) against webdataset.ShardWriter.
 
     python tests/benchmarks/shard_write_bench.py
 
 Both get the same tensors and make the same safetensors payloads of them; the tars have the same members and bytes in
-them. Neither writer calls fsync; with `synced` the files (and the folder) are fsync'ed after either, inside the time.
+them. Ours calls fsync, webdataset does not; with `synced` files and folder are fsync'ed after either, inside the time.
 """
 
 from __future__ import annotations

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
-from megatron_video.shard_tar import ShardTar
+from megatron_video.shard_tar import ShardTar, is_intact
 
 # Around one block, around one record of twenty blocks (the end of a tar is padded to it), and many writes.
 SIZES = [[1], [0, 512, 513], [9216 - 512], [8192, 1024], list(range(0, 90_000, 3_001))]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -34,4 +40,17 @@ def test_bytes_positions_and_checksum_are_those_of_tarfile(tmp_path: Path, sizes
     ours.close()
     written = (tmp_path / "ours.tar").read_bytes()
     assert written == (tmp_path / "theirs.tar").read_bytes()
-    assert (checksum, ours.size) == (hashlib.sha256(written).hexdigest(), len(written))
+    assert (checksum, ours.size) == (xxhash.xxh3_128_hexdigest(written), len(written))
+
+
+@pytest.mark.parametrize(("name", "of"), [("xxh3_128", xxhash.xxh3_128_hexdigest), ("sha256", _sha256)])
+def test_a_changed_byte_is_noticed_by_the_checksum_of_today_and_of_older_shards(
+    tmp_path: Path, name: str, of: Callable[[bytes], str]
+) -> None:
+    content = bytearray(np.random.default_rng(0).bytes(3_000_000))
+    (tmp_path / "shard.tar").write_bytes(content)
+    record = {"name": "shard.tar", name: of(bytes(content))}
+    assert is_intact(tmp_path / "shard.tar", record)
+    content[2_999_999] ^= 1
+    (tmp_path / "shard.tar").write_bytes(content)
+    assert not is_intact(tmp_path / "shard.tar", record)
