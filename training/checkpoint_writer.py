@@ -7,6 +7,7 @@ checksums and fsync all run outside Python's lock, and nothing outlives a killed
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -121,6 +123,7 @@ class InProcessStrategy(TorchDistSaveShardedStrategy):
 
     def __init__(self, copies: HostCopies | None = None, files: int = 2) -> None:
         super().__init__(FORMAT, FORMAT_VERSION, thread_count=files)
+        _start_no_manager()
         self.share: Share | None = None
         self._copies = copies
 
@@ -144,6 +147,16 @@ def _finish(share: Share, written: WrittenShare) -> None:
     dist.gather_object(written.results, gathered)
     if gathered is not None:
         share.write_metadata(gathered)
+
+
+def _start_no_manager() -> None:
+    """Give megatron-core the queue that its planning asks for and that nothing here uses.
+
+    Its own comes from a manager process, started for every rank, which costs seconds of imports and outlives a killed
+    rank.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _on_host(_: Any, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -142,6 +143,24 @@ def test_checksums_are_those_of_the_files(run: Run) -> None:
     for name, stored in files.items():
         content = (folder / name).read_bytes()
         assert (stored.size, stored.crc32) == (len(content), zlib.crc32(content))
+
+
+def test_a_save_starts_no_process(tmp_path: Path) -> None:
+    """What a rank starts would outlive it when it is killed; in a fresh process, as others may have started some."""
+    program = (
+        "import sys, psutil; from pathlib import Path; from test_checkpoint_saver import build, one_process\n"
+        "with one_process() as parallel:\n"
+        "    run = build(Path(sys.argv[1]), parallel)\n"
+        "    saver = run.saver()\n"
+        "    run.save(saver, 1)\n"
+        "    found = psutil.Process().children(recursive=True)\n"
+        "    saver.finish()\n"
+        "    assert not [*found, *psutil.Process().children(recursive=True)], found\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": paths}, timeout=120
+    )
 
 
 def test_host_memory_is_taken_once(run: Run) -> None:
