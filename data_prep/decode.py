@@ -87,8 +87,11 @@ def build_decoder(name: str, device: torch.device) -> Decoder:
 
 
 def nvdec_reads(row: Row) -> bool:
-    """Whether the file goes to NVDEC: a rule on codec, pixel format and size."""
-    if row["is_image"] or row["codec"] not in NVDEC_CODECS or row["pixel_format"] not in NVDEC_PIXEL_FORMATS:
+    """Whether the file goes to NVDEC: a rule on codec, pixel format, HDR and size."""
+    # Tones of HDR are mapped on the CPU.
+    if row["is_image"] or row["hdr"]:
+        return False
+    if row["codec"] not in NVDEC_CODECS or row["pixel_format"] not in NVDEC_PIXEL_FORMATS:
         return False
     path = Path(row["source"])
     return path.is_file() and path.stat().st_size <= MAX_NVDEC_BYTES

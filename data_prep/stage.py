@@ -41,7 +41,7 @@ from megatron_video.manifest import (
 Item = TypeVar("Item")
 
 # Raised when what a stage computes changes, so that parts of an older program are not mixed in.
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 # Small enough that a kill costs seconds, large enough that files are few.
 PART_ROWS = 256
 FINGERPRINT_KEY = "megatron_video.stage_fingerprint"

@@ -1,8 +1,8 @@
 """Reading and writing video and image files through PyAV (libav); no ffmpeg binary is needed.
 
-Every reader sees the picture as a viewer would: rotation metadata is applied, pixels are 8-bit RGB, and resizing runs
-inside libav's filter graph (the fastest CPU path measured). A file that is cut short or damaged raises `VideoError`
-instead of giving fewer or wrong frames. Axes: T frames, H rows, W columns, C colours.
+Every reader sees the picture as a viewer would: rotation metadata is applied, pixels are 8-bit RGB, HDR is tone-mapped,
+and resizing runs inside libav's filter graph (the fastest CPU path measured). A file that is cut short or damaged gives
+a `VideoError` instead of fewer or wrong frames. Axes: T frames, H rows, W columns, C colours.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from av.video.plane import VideoPlane
 from av.video.stream import VideoStream
 
 from megatron_video.buckets import CropBox
+from megatron_video.tone_mapping import tone_map_of
 from megatron_video.video_file import (
     FrameTable,
     VideoError,
@@ -101,8 +102,8 @@ def iter_frames(
 ) -> Iterator[np.ndarray]:
     """Yield frames `start_frame` to `stop_frame` (exclusive; the end if None), one uint8 [H, W, 3] at a time.
 
-    `keep` leaves out the conversion of the other frames; `rough` shrinks by averaging, for analysis and not for
-    looking at, in a third of the time. Arguments and errors otherwise as `read_frames`.
+    `keep` leaves out the conversion of the other frames; `rough` shrinks by averaging and leaves tones as they are,
+    for analysis and not for looking at, in a third of the time. Arguments and errors otherwise as `read_frames`.
     """
     with open_video(path) as (container, stream):
         graph: _Pictures | None = None
@@ -252,7 +253,7 @@ def _wanted(start_frame: int, num_frames: int | None, indices: Sequence[int] | N
 
 
 class _Pictures:
-    """libav filter graph: upright -> crop box -> scale to cover -> centre crop -> 8-bit RGB."""
+    """libav filter graph: upright -> crop box -> scale to cover -> centre crop -> 8-bit RGB; HDR is toned after it."""
 
     def __init__(self, frame: VideoFrame, size: tuple[int, int] | None, crop: CropBox | None, rough: bool) -> None:
         rotation = int(frame.rotation) % 360
@@ -266,8 +267,11 @@ class _Pictures:
         self._graph = Graph()
         nodes = [self._graph.add("buffer", _buffer_arguments(frame))]
         nodes += [self._graph.add(name, arguments) for name, arguments in filters]
+        # For analysis the coded values do, and cuts are as clear in them.
+        self._tones = None if rough else tone_map_of(frame)
         # libav's exact scaler has SIMD for planes of RGB only: a third of the time, and the same pixels.
-        nodes += [self._graph.add("format", "rgb24" if rough else "gbrp"), self._graph.add("buffersink")]
+        pixels = "rgb48le" if self._tones else "rgb24" if rough else "gbrp"
+        nodes += [self._graph.add("format", pixels), self._graph.add("buffersink")]
         self._graph.link_nodes(*nodes)
         self._graph.configure()
 
@@ -275,6 +279,8 @@ class _Pictures:
         """uint8 [H, W, 3]."""
         self._graph.vpush(frame)
         picture = self._graph.vpull()
+        if self._tones:
+            return self._tones.convert(picture.to_ndarray())
         if picture.format.name == "rgb24":
             return picture.to_ndarray()
         green, blue, red = (_rows(plane) for plane in picture.planes)

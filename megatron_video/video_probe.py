@@ -11,6 +11,7 @@ from av.container import InputContainer
 from av.video.reformatter import ColorTrc
 from av.video.stream import VideoStream
 
+from megatron_video.tone_mapping import HDR_TRANSFERS
 from megatron_video.video_file import (
     FrameTable,
     VideoError,
@@ -26,7 +27,6 @@ from megatron_video.video_file import (
 _STEADY_SECONDS = 0.002
 # A stream may end this much before the time in its header and be whole.
 _SLACK_SECONDS = 0.1
-_HDR_TRANSFERS = ("smpte2084", "arib-std-b67")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class VideoInfo:
     color_transfer: str | None
     """Transfer characteristics, libav's name; None if the file does not say."""
     hdr: bool
-    """They are PQ or HLG. Readers give the coded values, without tone mapping."""
+    """They are PQ or HLG; readers map the tones to SDR."""
     audio: bool
     title: str | None
     """The title in the file's metadata."""
@@ -116,7 +116,7 @@ def _probe_video(path: str | Path, container: InputContainer, stream: VideoStrea
         raise VideoError(f"{path}: no frame can be decoded")
     rotation = int(first.rotation) % 360
     width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
-    rate, transfer = frame_rate(stream, table), _transfer_name(int(first.color_trc))
+    rate = frame_rate(stream, table)
     return VideoInfo(
         path=str(path),
         codec=stream.codec_context.codec.name,
@@ -128,8 +128,8 @@ def _probe_video(path: str | Path, container: InputContainer, stream: VideoStrea
         height=height,
         rotation=rotation,
         pixel_format=first.format.name,
-        color_transfer=transfer,
-        hdr=transfer in _HDR_TRANSFERS,
+        color_transfer=_transfer_name(int(first.color_trc)),
+        hdr=int(first.color_trc) in HDR_TRANSFERS,
         audio=bool(container.streams.audio),
         title=container.metadata.get("title"),
         is_image=False,

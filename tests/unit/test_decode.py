@@ -30,7 +30,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def row_of(path: Path, **fields: Any) -> dict[str, Any]:
     row = {"source": str(path), "start_frame": 0, "end_frame": 20, "border_share": None, "rotation": 0}
-    return row | {"is_image": False, "codec": "h264", "pixel_format": "yuv420p"} | fields
+    return row | {"is_image": False, "hdr": False, "codec": "h264", "pixel_format": "yuv420p"} | fields
 
 
 def test_cpu_decoder_gives_the_middle_frames_of_the_reader(video: Path) -> None:
@@ -61,7 +61,8 @@ def test_turning_is_counter_clockwise() -> None:
 
 def test_what_goes_to_nvdec_depends_on_the_manifest_alone(video: Path) -> None:
     assert nvdec_reads(row_of(video))
-    for other in ({"pixel_format": "yuv420p10le"}, {"codec": "prores"}, {"is_image": True}, {"source": "nowhere"}):
+    refused = {"pixel_format": "yuv420p10le", "codec": "prores", "is_image": True, "hdr": True, "source": "nowhere"}
+    for other in ({name: value} for name, value in refused.items()):
         assert not nvdec_reads(row_of(video) | other)
 
 
