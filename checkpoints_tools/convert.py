@@ -80,7 +80,7 @@ def digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Released name -> sha256 over dtype, shape and bytes of every tensor."""
     found = {}
     for theirs, own in tqdm(sorted(_own_names(checkpoint).items()), desc="hash", disable=None):
-        found[theirs] = _digest(checkpoint.tensor(own))
+        found[theirs] = digest(checkpoint.tensor(own))
     return found
 
 
@@ -92,7 +92,8 @@ def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     return {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """Sha256 over dtype, shape and bytes."""
     tensor = tensor.contiguous()
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
@@ -135,7 +136,7 @@ def _checked_tensors(
             )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{source.folder}: {own} holds NaN or infinite values")
-        read[theirs] = _digest(tensor)
+        read[theirs] = digest(tensor)
         yield (theirs if to_released else ours), tensor
 
 

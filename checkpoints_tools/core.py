@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_video.dit import DiTConfig
+from megatron_video.errors import UserError
 from megatron_video.parallel import one_process
-from training.checkpoint import find_checkpoint, read_model_config, write_weights
+from training.checkpoint import complete_weights, find_checkpoint, read_model_config, write_weights
+from training.checkpoint_files import durable_file
+from training.checkpoint_writer import FORMAT, FORMAT_VERSION
+from training.optimizer_state import EMA_PREFIX
+
+_EMA_PREFIX = f"{EMA_PREFIX}."
+# Named as torch names the first file of the first rank.
+_TENSOR_FILE = "__0_0.distcp"
 
 
 class CoreCheckpoint:
     """Tensors of a checkpoint by our names, each assembled from its cuts, read one at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Open a run folder (its newest checkpoint) or one step's folder.
+    def __init__(self, path: Path, averaged: bool = False) -> None:
+        """Open a run folder (its newest checkpoint) or one step's folder; `averaged`: the averages of the weights.
 
         Raises:
-            UserError: nothing there, half written, or damaged.
+            UserError: nothing there, half written, or damaged; no averages in it.
         """
         self.folder = find_checkpoint(path)
         self.config = read_model_config(self.folder)
         metadata = dcp.FileSystemReader(str(self.folder)).read_metadata()
+        self._prefix = _EMA_PREFIX if averaged else ""
+        # Beside the weights lie the optimizer's tensors and the averages, under the weights' names with a prefix.
         self._stored = {
-            name: entry
+            name.removeprefix(self._prefix): entry
             for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+            if isinstance(entry, TensorStorageMetadata)
+            and (name.startswith(self._prefix) if averaged else not name.startswith(("optimizer.", _EMA_PREFIX)))
         }
+        if averaged and not self._stored:
+            raise UserError(f"{self.folder} holds no averaged weights; train with ema.decay, or leave out --ema")
 
     @property
     def names(self) -> set[str]:
@@ -41,10 +61,66 @@ class CoreCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in its stored dtype."""
-        entry = self._stored[name]
-        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        template = self.template(name)
+        state = {self._prefix + name: torch.empty(template.shape, dtype=template.dtype)}
         dcp.load(state, storage_reader=dcp.FileSystemReader(str(self.folder)), no_dist=True)
-        return state[name]
+        return state[self._prefix + name]
+
+    def template(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor, without its values."""
+        entry = self._stored[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+
+def stream_core(
+    folder: Path, config: DiTConfig, templates: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor]
+) -> None:
+    """Write the new `folder` as `write_core` does, with one tensor in memory at a time.
+
+    Args:
+        folder: is made; what it lacks to be a complete checkpoint is written last.
+        config: the model.
+        templates: shape and dtype of every tensor by our names, on the meta device.
+        tensor_of: asked for every tensor once, when its turn has come.
+    """
+    folder.mkdir(parents=True)
+    dcp.save(dict(templates), storage_writer=_OneByOneWriter(folder), planner=_LatePlanner(tensor_of), no_dist=True)
+    # What megatron-core looks for beside the tensors: which format they have, and values of no tensor (none here).
+    save_config(CheckpointingConfig(FORMAT, FORMAT_VERSION), str(folder))
+    torch.save({}, folder / COMMON_STATE_FNAME)
+    complete_weights(folder, config)
+
+
+class _LatePlanner(DefaultSavePlanner):
+    """Makes a tensor when it is to be written."""
+
+    def __init__(self, tensor_of: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._tensor_of = tensor_of
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._tensor_of(write_item.index.fqn).contiguous()
+
+
+class _OneByOneWriter(dcp.FileSystemWriter):
+    """torch's own keeps every tensor of a file until the file is written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with durable_file(Path(self.path) / _TENSOR_FILE) as stream:
+            results = [
+                _write_item(
+                    self.transforms,
+                    stream,
+                    planner.resolve_data(item),
+                    item,
+                    _TENSOR_FILE,
+                    SerializationFormat.TORCH_SAVE,
+                )
+                for item in plan.items
+            ]
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(results)
+        return written
 
 
 def write_core(folder: Path, config: DiTConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_attr_wrapped_model
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_video.config_io import build_config, config_to_dict
 from megatron_video.dit import DiTConfig
@@ -35,6 +36,7 @@ from training.checkpoint_state import (
     sharded_chunks,
     sharded_state,
     under_ema_names,
+    without_absent_objects,
 )
 from training.checkpoint_writer import InProcessStrategy
 from training.ema import EMA
@@ -97,6 +99,11 @@ def write_weights(folder: Path, tensors: dict[str, ShardedTensor], model: DiTCon
     folder.mkdir(parents=True)
     strategy = InProcessStrategy()
     dist_checkpointing.save({"model": tensors}, str(folder), sharded_strategy=strategy)
+    complete_weights(folder, model)
+
+
+def complete_weights(folder: Path, model: DiTConfig) -> None:
+    """Make a folder that holds the tensors of weights alone a complete checkpoint of step 0."""
     values = yaml.safe_dump({"model": config_to_dict(model)}, sort_keys=False)
     (folder / CONFIG_FILE).write_text(values, encoding="utf-8")
     files = {path.name: stored_file(path) for path in folder.iterdir()}
@@ -144,6 +151,10 @@ def load_model_weights(checkpoint: Path, model_chunks: list[Any], averaged: bool
     sharded = sharded_chunks(chunks)
     if averaged:
         sharded = {name: under_ema_names(values) for name, values in sharded.items()}
+    else:
+        # Converted and averaged checkpoints have no settings of FP8 beside the weights; those start anew.
+        stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        sharded = {name: without_absent_objects(values, stored) for name, values in sharded.items()}
     load_chunks(chunks, dist_checkpointing.load(sharded, str(checkpoint)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,15 @@ def under_ema_names(values: dict[str, Any]) -> dict[str, Any]:
         name: replace(value, key=f"{EMA_PREFIX}.{value.key}", data=value.data.detach().float(), dtype=torch.float32)
         for name, value in values.items()
         if isinstance(value, ShardedTensor)
+    }
+
+
+def without_absent_objects(values: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
+    """Ask for all tensors, but only for those objects that are among the `stored` keys."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not isinstance(value, ShardedObject) or value.unique_key in stored
     }
 
 
