@@ -250,7 +250,7 @@ class _Output:
                     return self.finish()
         except LockedError:
             pass
-        parts = [read_manifest(rows_part(self.folder, shard)) for shard in mine]
+        parts = [read_manifest(rows_part(self.folder, shard.name)) for shard in mine]
         return self.report(pa.concat_tables(parts or [table_from_rows([])]))
 
     def report(self, result: pa.Table, up_to_date: bool = False) -> StageReport:
@@ -285,7 +285,7 @@ def _encode_missing(plan: Sequence[PlannedShard], job: EncodeJob, devices: Seque
 
 
 def _missing(plan: Sequence[PlannedShard], folder: Path) -> list[PlannedShard]:
-    return [shard for shard in plan if not rows_part(folder, shard).is_file()]
+    return [shard for shard in plan if not rows_part(folder, shard.name).is_file()]
 
 
 def _alone(missing: Sequence[PlannedShard], job: EncodeJob) -> Iterator[Row]:
@@ -300,7 +300,7 @@ def _alone(missing: Sequence[PlannedShard], job: EncodeJob) -> Iterator[Row]:
 def _joined(table: pa.Table, plan: Sequence[PlannedShard], unplaced: Sequence[Row], folder: Path) -> pa.Table:
     """The input's rows in their order, with what became of each."""
     # Clip ids are unique among kept rows (the plan refuses others).
-    done = {row["clip_id"]: row for shard in plan for row in read_manifest(rows_part(folder, shard)).to_pylist()}
+    done = {row["clip_id"]: row for shard in plan for row in read_manifest(rows_part(folder, shard.name)).to_pylist()}
     done |= {row["clip_id"]: row for row in unplaced}
     return table_from_rows(row if row["dropped_by"] else done[row["clip_id"]] for row in table.to_pylist())
 

@@ -71,12 +71,12 @@ def write_shard(
             rows.append(row)
             yield row
     # Written last: the shard's tar and index are complete exactly if its rows are there.
-    write_manifest(table_from_rows(rows), rows_part(job.folder, shard))
+    write_manifest(table_from_rows(rows), rows_part(job.folder, shard.name))
 
 
-def rows_part(folder: Path, shard: PlannedShard) -> Path:
+def rows_part(folder: Path, name: str) -> Path:
     """The manifest rows of one shard; there exactly if the shard is complete."""
-    return folder / PARTS_FOLDER / f"{shard.name.removesuffix('.tar')}.rows.parquet"
+    return folder / PARTS_FOLDER / f"{name.removesuffix('.tar')}.rows.parquet"
 
 
 def encoders_known(folder: Path) -> bool:

@@ -263,8 +263,39 @@ def test_verify_finds_strays_missing_files_and_a_manifest_that_differs(prepared:
     kept = [row for row in rows if not row["dropped_by"]]
     write_manifest(table_from_rows(kept[1:]), folder / "manifest.parquet")
     faults = "\n".join(verify.run(folder).faults)
-    for part in ("stray.tar", "shard-000001.tar: missing", "null_text.safetensors", kept[0]["clip_id"]):
+    for part in ("stray.tar", "shard-000001.tar: missing, with its", "null_text.safetensors", kept[0]["clip_id"]):
         assert part in faults
+
+
+def test_what_verify_removes_is_made_again_with_the_bytes_that_it_had(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(prepared.shards, folder)
+    os.truncate(folder / "shard-000000.tar", 3000)
+    (folder / "shard-000001.tar").unlink()
+    (folder / "null_text.safetensors").write_bytes(b"")
+    (folder / "manifest.parquet").unlink()
+    assert data("verify", "--in", str(folder), "--remove-damaged") == 2
+    named = "removed manifest.parquet, null_text.safetensors, shard-000000.tar ...: the command that made the folder"
+    assert named in capsys.readouterr().err
+    assert sorted(path.name for path in folder.glob("*.tar")) == sorted(
+        path.name for path in prepared.shards.glob("*.tar") if path.name[6:12] not in ("000000", "000001")
+    )
+    assert data(*prepared.command(folder)) == 0
+    assert contents(folder) == contents(prepared.shards)
+    assert data("verify", "--in", str(folder)) == 0
+
+
+def test_files_that_no_command_could_make_again_are_not_removed(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(prepared.shards, folder, ignore=shutil.ignore_patterns("parts"))
+    os.truncate(folder / "shard-000000.tar", 3000)
+    assert data("verify", "--in", str(folder), "--remove-damaged") == 2
+    assert "has no parts/plan, so no command could make its files again" in capsys.readouterr().err
+    assert (folder / "shard-000000.tar").is_file()
 
 
 def test_verify_finds_values_that_are_not_finite(prepared: Prepared, tmp_path: Path) -> None:
