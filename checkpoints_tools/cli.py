@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools import average
-from checkpoints_tools import average
 from checkpoints_tools.convert import convert, digests, open_checkpoint
 from checkpoints_tools.released import GIGABYTE
 from checkpoints_tools.verify import checkpoints_of, verify
@@ -58,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=4, help="files read at the same time (default 4)")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_verify)
-    average.add_command(commands)
     average.add_command(commands)
     return parser
 
