@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_video.config_io import config_dataclass
 from megatron_video.device import DeviceInfo, initialize
+from megatron_video.errors import UserError
 
 
 @config_dataclass
@@ -115,9 +116,38 @@ def start_distributed(device_info: DeviceInfo) -> None:
         return
     timeout = timedelta(minutes=30)
     if "RANK" in os.environ:
-        dist.init_process_group(device_info.backend, timeout=timeout)
+        rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        store = _store_of_this_start(timeout)
+        if store is None:
+            dist.init_process_group(device_info.backend, timeout=timeout)
+        else:
+            dist.init_process_group(device_info.backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(device_info.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
+    """A part of torchrun's store that no earlier start of these ranks has used; None: torch's own choice is right.
+
+    torchrun keeps one store for all starts of a job, and gives restarted ranks the addresses of the dead ones to read
+    (pytorch issue 135712).
+
+    Raises:
+        UserError: several nodes, whose launchers count restarts each for itself.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or restarts == 0:
+        return None
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError(
+            f"torchrun --max-restarts={restarts} on several nodes would hand the keys of a dead start to the next one; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment and use --rdzv-backend=c10d, or leave "
+            "restarts to the scheduler"
+        )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(
+        f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", dist.TCPStore(address, port, timeout=timeout)
+    )
 
 
 @contextmanager

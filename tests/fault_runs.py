@@ -43,9 +43,7 @@ def environment(run_dir: Path, faults: list[dict[str, Any]]) -> dict[str, str]:
     marks = run_dir.with_name(run_dir.name + "_marks")
     marks.mkdir(exist_ok=True)
     paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    # Without it torchrun hands the keys of a dead start to the next one.
-    restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return {**os.environ, **restarts, "FAULTS": json.dumps(faults), "FAULT_MARKS": str(marks), "PYTHONPATH": paths}
+    return {**os.environ, "FAULTS": json.dumps(faults), "FAULT_MARKS": str(marks), "PYTHONPATH": paths}
 
 
 def run(
