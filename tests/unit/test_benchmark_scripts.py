@@ -11,6 +11,7 @@ import block_bench
 import cpu_step_bench
 import fused_bench
 import pytest
+import telemetry_bench
 import torch
 
 from megatron_video.flops import training_flops
@@ -61,6 +62,17 @@ def test_cpu_step_bench_compares_equal_models(tmp_path: Path) -> None:
     assert len(set(losses)) == 3
     assert content["summary"]["median cpu_s"]["ratio"] > 0
     assert content["summary"]["peak_rss_mib"]["plain"] > 50
+
+
+def test_telemetry_bench_pairs_every_kind_of_step(tmp_path: Path) -> None:
+    file = tmp_path / "telemetry.json"
+    sizes = "--layers 1 --heads 2 --head-dim 16 --grid 1 2 3 --pairs 3 --warmup 1"
+    telemetry_bench.main([*sizes.split(), "--out", str(file)])
+    content = read(file)
+    assert [row["step"] for row in content["summary"]["costs"]] == ["ordinary", "shown", "layers"]
+    assert len(content["rows"]) == 9
+    # At this size writing a line to TensorBoard is a large part of a step; less than ten steps' time it is anywhere.
+    assert abs(content["summary"]["overhead cpu_s"]) < 10
 
 
 def test_balance_bench_finds_what_it_planted(tmp_path: Path) -> None:
