@@ -42,6 +42,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "nvidia-dali-cuda130>=2.0,<3"],
     # Fused Adam and norms where megatron-core finds it. The name `apex` on PyPI is another project.
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
+    # Rank monitor and launcher that end and restart hung jobs from outside (faults.resiliency_ext).
+    "faults": ["nvidia-resiliency-ext>=0.4.1,<0.6"],
     # ZeRO data parallelism for training the Video-VAE.
     "vae": ["deepspeed>=0.19,<0.20"],
     # OCR of `data tag --models`; plots of `data filter --report` and `data balance`; clusters of `data balance`.

@@ -58,6 +58,10 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "transformer-engine": ("transformer_engine", "FP8, fused kernels, CP attention on CUDA; else the `local` spec"),
     "nvidia-dali-cuda130": ("nvidia.dali", "decoding on the GPU (NVDEC); else PyAV on the CPU"),
     "apex": ("apex.optimizers", "fused Adam and norms; else megatron-core's own"),
+    "nvidia-resiliency-ext": (
+        "nvidia_resiliency_ext.fault_tolerance",
+        "ft_launcher, which ends and restarts hung jobs from outside; else torchrun and the run's own watchdog",
+    ),
     "deepspeed": ("deepspeed", "ZeRO data parallelism for the Video-VAE"),
 }
 # tool -> (what it is for, what to do where it is wanted)

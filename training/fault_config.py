@@ -32,6 +32,9 @@ class FaultConfig:
     """The same for writing a checkpoint."""
     hang_seconds_validation: float = 3600.0
     """The same for a validation."""
+    resiliency_ext: bool | Literal["auto"] = "auto"
+    """Whether ranks report their sections (setup, step, checkpointing, validation) to the rank monitor of
+    nvidia-resiliency-ext: `auto` where its ft_launcher started them, true to insist on it."""
     spike_mads: float | None = None
     """A step is a spike if its loss is this many robust standard deviations (1.4826 times the median absolute
     deviation) above the median of the last spike_window usual steps; a loss that is not finite always is. Null: spikes

@@ -11,6 +11,7 @@ from training.data_set import TrainingData
 from training.diverged import DIVERGED_EXIT_CODE, DivergedError
 from training.phases import Phases
 from training.rank_table import gather_rank_table
+from training.resiliency import watched_by_rank_monitor
 from training.rollback import roll_back_if_needed
 from training.stop_signal import REQUEUE_EXIT_CODE
 from training.telemetry import StepMetrics, Stopwatch
@@ -31,7 +32,8 @@ def train(config: PretrainConfig, data: TrainingData, device: DeviceInfo) -> int
         UserError: the checkpoint does not fit the configuration.
     """
     phases, ranks = Phases(device.device), gather_rank_table()
-    with Watchdog(config.faults, phases, ranks, Path(config.run.output_dir)):
+    watchdog = Watchdog(config.faults, phases, ranks, Path(config.run.output_dir))
+    with watchdog, watched_by_rank_monitor(config.faults.resiliency_ext, phases):
         trainer = build_trainer(config, data, device, phases, ranks)
         try:
             with trainer.stop:

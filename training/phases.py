@@ -38,6 +38,8 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self.heartbeat = Heartbeat("start", 0, time.monotonic())
         self.is_first_step = True
+        self.listeners: list[Callable[[str], None]] = []
+        """Called with every phase that begins, from the training thread."""
         self._on_device = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         # Ends and beginnings of device phases; read when they are long past.
@@ -52,10 +54,15 @@ class Phases:
         self.heartbeat = Heartbeat(phase, before.step if step is None else step, now)
         if not self._on_device or before.phase not in DEVICE_PHASES:
             self._seconds[before.phase] += now - before.since
+        self._tell(phase)
         if self._on_device and (phase in DEVICE_PHASES or before.phase in DEVICE_PHASES):
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append((phase, event))
+
+    def _tell(self, phase: str) -> None:
+        for listener in self.listeners:
+            listener(phase)
 
     def entering(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, which is called at the beginning of `phase`."""
