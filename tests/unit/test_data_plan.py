@@ -208,6 +208,15 @@ def test_sources_give_their_shares() -> None:
     assert of_a[True] / 50 == pytest.approx(of_a[False] / 30, rel=0.05)
 
 
+def test_every_source_is_drawn_in_epochs_of_its_own() -> None:
+    drawn = Counter(listing(make_plan(groups=TWO_SOURCES, sources={"a": 0.75, "b": 0.25}), range(300)))
+    assert max(drawn.values()) == 1
+    for samples in (range(50), range(50, 80), range(80, 280)):
+        epochs = {epoch for sample, epoch in drawn if sample in samples}
+        # All but the last are complete.
+        assert all((sample, epoch) in drawn for sample in samples for epoch in range(max(epochs)))
+
+
 def test_sources_and_buckets_both_have_their_shares() -> None:
     plan = make_plan(groups=TWO_SOURCES, sources={"a": 0.6, "b": 0.4}, bucket_weights={VIDEO: 0.8, IMAGE: 0.2})
     drawn = [sample for sample, _ in listing(plan, range(500))]
