@@ -52,6 +52,7 @@ EXTRAS = {
         "onnxruntime>=1.20,<2",
         "faiss-cpu>=1.10,<2",
         "ray[data]>=2.60,<2.64",
+        "pillow-heif>=1,<2",
     ],
     "dev": [
         "deepspeed>=0.19,<0.20",
@@ -59,6 +60,7 @@ EXTRAS = {
         "onnxruntime>=1.20,<2",
         "faiss-cpu>=1.10,<2",
         "duckdb>=1.2,<3",
+        "pillow-heif>=1,<2",
         "pytest>=8,<10",
         "hypothesis>=6,<7",
         "ruff>=0.8,<1",

@@ -58,6 +58,11 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "transformer-engine": ("transformer_engine", "FP8, fused kernels, CP attention on CUDA; else the `local` spec"),
     "nvidia-dali-cuda130": ("nvidia.dali", "decoding on the GPU (NVDEC); else PyAV on the CPU"),
     "apex": ("apex.optimizers", "fused Adam and norms; else megatron-core's own"),
+    "matplotlib": ("matplotlib", "plots of the data stages' reports"),
+    "faiss-cpu": ("faiss", "clusters of `data balance`"),
+    "ray": ("ray.data", "`--engine ray` of the data stages"),
+    "rapidocr": ("rapidocr", "the OCR tag of `data tag --models`"),
+    "pillow-heif": ("pillow_heif", "HEIC pictures; AVIF needs Pillow only"),
     "nvidia-resiliency-ext": (
         "nvidia_resiliency_ext.fault_tolerance",
         "ft_launcher, which ends and restarts hung jobs from outside; else torchrun and the run's own watchdog",

@@ -25,6 +25,8 @@ from PIL import Image, ImageOps
 from megatron_video.errors import UserError
 
 _NO_TIME = np.iinfo(np.int64).min
+# AVIF and HEIC, stills and animations, which libav takes for MP4.
+_PICTURE_BRANDS = ("avif", "avis", "heic", "heix", "heim", "heis", "mif1", "msf1")
 
 
 class VideoError(UserError):
@@ -79,6 +81,8 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
 
 def is_image(container: InputContainer) -> bool:
     """A still picture, by its content and not by its name."""
+    if container.metadata.get("major_brand") in _PICTURE_BRANDS:
+        return True
     return container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
@@ -89,13 +93,24 @@ def load_image(path: str | Path) -> np.ndarray:
         VideoError: damaged, too large, or an animation that libav takes for a still.
     """
     # Pillow, not libav: it turns pictures by their EXIF orientation, mirrored ones too.
+    hint = "" if _reads_heic() else " (HEIC needs pillow-heif: pip install 'megatron-video[data]')"
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise VideoError(f"{path}: an animated {image.format}, which libav cannot decode; convert it to mp4")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot be read as an image: {error}") from None
+        raise VideoError(f"{path}: cannot be read as an image: {error}{hint}") from None
+
+
+@lru_cache(maxsize=1)
+def _reads_heic() -> bool:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def promised_frames(container: InputContainer, stream: VideoStream) -> int:

@@ -41,7 +41,7 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ogv"),
     *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".mxf", ".y4m", ".gif"),
 )
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff")
 
 # Up to here decoding from the start is cheaper than reading the packet table and seeking.
 _SEEK_FROM_FRAME = 64

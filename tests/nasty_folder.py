@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from nasty_videos import CODECS, Codec, cut_short, faded, scenes, trimmed_copy, write_gif, write_sound, write_video
 from PIL import Image
 
@@ -54,10 +55,14 @@ def _trimmed(path: Path, seed: int) -> None:
 def _renamed(path: Path, suffix: str, seed: int) -> None:
     real = path.with_name(f".real{suffix}")
     if suffix == ".jpg":
-        Image.fromarray(scenes([1], 72, 96, seed)[0]).save(real)
+        _picture(seed).save(real)
     else:
         write_video(real, scenes([40], 72, 96, seed))
     real.rename(path)
+
+
+def _picture(seed: int) -> Image.Image:
+    return Image.fromarray(scenes([1], 72, 96, seed)[0])
 
 
 def _exif_turned(path: Path, seed: int) -> None:
@@ -66,7 +71,7 @@ def _exif_turned(path: Path, seed: int) -> None:
     Image.fromarray(scenes([1], 71, 95, seed)[0]).save(path, exif=exif)
 
 
-def _animated_webp(path: Path, seed: int) -> None:
+def _animated(path: Path, seed: int) -> None:
     pictures = [Image.fromarray(frame) for frame in scenes([5], 48, 64, seed)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:])
 
@@ -110,11 +115,14 @@ FILES: dict[str, tuple[Callable[[Path], object], Fate]] = {
     ),
     "b/trimmed.mp4": (lambda path: _trimmed(path, 28), Fate(((3, 45),))),
     "b/fade.mp4": (lambda path: _faded(path), Fate()),
-    "pictures/plain.png": (lambda path: Image.fromarray(scenes([1], 72, 96, 29)[0]).save(path), _PICTURE),
+    "pictures/plain.png": (lambda path: _picture(29).save(path), _PICTURE),
     "pictures/turned.jpg": (lambda path: _exif_turned(path, 30), _PICTURE),
-    "pictures/still.webp": (lambda path: Image.fromarray(scenes([1], 72, 96, 31)[0]).save(path), _PICTURE),
+    "pictures/still.webp": (lambda path: _picture(31).save(path), _PICTURE),
+    "pictures/still.avif": (lambda path: _picture(46).save(path), _PICTURE),
+    "pictures/phone.heic": (lambda path: pillow_heif.from_pillow(_picture(47)).save(path), _PICTURE),
+    "pictures/animation.avif": (lambda path: _animated(path, 48), _UNREADABLE),
     "pictures/animation.gif": (lambda path: write_gif(path, scenes([30], 72, 96, 32)), Fate(((3, 27),))),
-    "pictures/animation.webp": (lambda path: _animated_webp(path, 33), _UNREADABLE),
+    "pictures/animation.webp": (lambda path: _animated(path, 33), _UNREADABLE),
     "renamed/video.avi": (lambda path: _renamed(path, ".mp4", 34), Fate(((3, 37),))),
     "renamed/video.jpg": (lambda path: _renamed(path, ".mp4", 36), Fate(((3, 37),))),
     "renamed/picture.mp4": (lambda path: _renamed(path, ".jpg", 37), _PICTURE),

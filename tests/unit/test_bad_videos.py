@@ -81,6 +81,7 @@ def test_unreadable_files_say_what_is_wrong(chain: Chain) -> None:
         "broken/text.mp4": "Invalid data",
         "broken/sound only.mp4": "no video stream",
         "pictures/animation.webp": "animated WEBP",
+        "pictures/animation.avif": "animated AVIF",
         "captions/broken.mp4": "cannot be read",
     }
     for name, words in expected.items():
