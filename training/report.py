@@ -120,7 +120,7 @@ def _use(records: RunRecords, flops_per_second: float) -> str:
 
 
 def _last_validation(records: RunRecords) -> list[tuple[str, str]]:
-    events = records.events_of("validation")
+    events = records.kept_events_of("validation")
     if not events:
         return []
     losses = ", ".join(f"{found['loss']:.5g} ({weights} weights)" for weights, found in events[-1]["losses"].items())
@@ -184,7 +184,7 @@ def _faults(records: RunRecords) -> Section:
 
 def _samples(records: RunRecords) -> list[Section]:
     """The first and the last contact sheet."""
-    made = [event for event in records.events_of("samples") if (Path(event["folder"]) / SHEET_FILE).is_file()]
+    made = [event for event in records.kept_events_of("samples") if (Path(event["folder"]) / SHEET_FILE).is_file()]
     chosen = [made[0], made[-1]] if len(made) > 1 else made
     blocks: list[str | Picture] = []
     for event in chosen:

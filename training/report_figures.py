@@ -66,7 +66,7 @@ def loss_by_time_figure(records: RunRecords) -> bytes | None:
 
 def validation_figure(records: RunRecords) -> bytes | None:
     """Losses on held-out samples over steps, and at every quantile of t."""
-    events = records.events_of("validation")
+    events = records.kept_events_of("validation")
     if not events:
         return None
 
@@ -123,7 +123,7 @@ def throughput_figure(records: RunRecords) -> bytes:
         use = axes.twinx()
         peak = records.peak_flops
         scale = 1e-12 / records.lives[-1]["world_size"] if peak is None else 100 / peak
-        use.plot(at, flops / seconds * scale, color="tab:orange", linewidth=1.2)
+        use.plot(at, flops / seconds * scale, color="tab:orange", linewidth=1.2, linestyle="--")
         use.set_ylabel("TFLOP/s a device" if peak is None else "MFU, %", color="tab:orange")
         use.set_ylim(bottom=0)
         _mark_restarts(axes, records)
@@ -183,7 +183,7 @@ def layer_figure(records: RunRecords) -> bytes | None:
             axes.set_yscale("log")
             axes.set_ylabel(label)
             if len(parts) <= 12:
-                axes.legend(fontsize=6, ncol=2)
+                axes.legend(fontsize=6, ncol=2, framealpha=0.5)
 
     return _figure(draw, columns=len(kinds))
 

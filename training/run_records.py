@@ -48,9 +48,9 @@ class StepTable:
     kept: npt.NDArray[np.bool_]
     """[n]: the step's work is in the weights; false for steps whose work was lost and that had to be done again."""
     memory: list[tuple[int, dict[str, float]]]
-    """(step, bytes by name), from the lines that have it."""
+    """(step, bytes by name), from the kept lines that have it."""
     layer_norms: list[tuple[int, dict[str, dict[str, float]]]]
-    """(step, kind -> part of the model -> size), from the lines that have them."""
+    """(step, kind -> part of the model -> size), from the kept lines that have them."""
 
     def __len__(self) -> int:
         """Number of lines."""
@@ -82,6 +82,12 @@ class RunRecords:
     def events_of(self, *kinds: str) -> list[dict[str, Any]]:
         """Events of some kinds, oldest first."""
         return [event for event in self.events if event["event"] in kinds]
+
+    def kept_events_of(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind about weights that were not undone: of a step that came again, the last one."""
+        found = self.events_of(kind)
+        kept = kept_steps(np.array([event["step"] for event in found], dtype=np.float64))
+        return [event for event, stays in zip(found, kept, strict=True) if stays]
 
     @property
     def peak_flops(self) -> float | None:
@@ -171,9 +177,9 @@ def step_table(lines: Iterable[dict[str, Any]], first_steps: Mapping[int, int]) 
         losses.append([float("nan") if loss is None else loss for loss in line.get("loss_by_time", nothing)])
         positions.append(line.get("positions_by_time", [0] * TIME_BINS))
         if "memory" in line:
-            memory.append((int(line["step"]), line["memory"]))
+            memory.append((len(rows) - 1, line["memory"]))
         if "layer_norms" in line:
-            norms.append((int(line["step"]), line["layer_norms"]))
+            norms.append((len(rows) - 1, line["layer_norms"]))
     values = np.asarray(rows, dtype=np.float64).reshape(-1, len(NUMBERS))
     columns = dict(zip(NUMBERS, values.T, strict=True))
     by_time = np.asarray(losses, dtype=np.float64).reshape(-1, TIME_BINS)
@@ -182,7 +188,8 @@ def step_table(lines: Iterable[dict[str, Any]], first_steps: Mapping[int, int]) 
     # A life that has not come to its first step yet has thrown away what came after its checkpoint all the same.
     for life, first in first_steps.items():
         kept &= ~((columns["life"] < life) & (columns["step"] > first))
-    return StepTable(columns, by_time, counts, kept, memory, norms)
+    seldom = [[(int(columns["step"][row]), value) for row, value in found if kept[row]] for found in (memory, norms)]
+    return StepTable(columns, by_time, counts, kept, *seldom)
 
 
 def kept_steps(steps: Floats) -> npt.NDArray[np.bool_]:

@@ -138,6 +138,19 @@ def test_effective_training_time_counts_each_step_once(folder: Path) -> None:
     assert (first.end_reason, second.end_reason) == ("", "stopped: SIGTERM <b>")
 
 
+def test_measurements_of_undone_steps_are_left_out(folder: Path) -> None:
+    undone = metric(5, 1, 23, memory={"host_rss": 1}, layer_norms={"grad_norm": {}})
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace(metric(5, 1, 23), undone))
+    with (folder / "events.jsonl").open("a") as file:
+        fields = {"quantiles": [0.5], "losses": {"trained": losses(1.0)}}
+        file.write(event("validation", 83, 2, 5, seconds=1.0, **fields) + "\n")
+    records = read_run(folder)
+    assert [step for step, _ in records.steps.memory] == [4]
+    assert [step for step, _ in records.steps.layer_norms] == [5]
+    assert [found["losses"]["trained"]["loss"] for found in records.kept_events_of("validation")] == [1.0]
+
+
 def test_a_life_without_a_step_has_undone_what_came_after_its_checkpoint(folder: Path) -> None:
     info = json.loads((folder / "run_info.json").read_text())
     info["lives"].append({**info["lives"][-1], "life": 3, "started": moment(100), "first_step": 5})
