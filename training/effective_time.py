@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def wall_time(records: RunRecords) -> WallTime:
     spent = {
         "steps": float(seconds[steps.kept].sum()),
         "lost_steps": float(seconds[~steps.kept].sum()),
-        "checkpoints": sum(event["blocked_seconds"] for event in records.events_of("save")),
+        "checkpoints": sum(held_up(event) for event in records.events_of("save")),
         "checkups": sum(event["seconds"] for event in records.events_of("validation", "samples")),
         "startup": sum(life.first_record - life.started for life in lives),
         "down": sum(max(later.started - life.ended, 0) for life, later in itertools.pairwise(lives)),
@@ -107,6 +108,11 @@ def wall_time(records: RunRecords) -> WallTime:
         lost_step_count=int((~steps.kept).sum()),
         refused_step_count=int(np.nansum(steps["refused"][steps.kept])),
     )
+
+
+def held_up(save: dict[str, Any]) -> float:
+    """Seconds that training waited for a save, and before it for the one under way."""
+    return float(save["blocked_seconds"] + save.get("waited_seconds", 0.0))
 
 
 def _life(records: RunRecords, info: dict[str, object]) -> Life:

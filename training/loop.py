@@ -96,7 +96,8 @@ def run_steps(trainer: Trainer) -> str:
                 layer_norms=result.layer_norms,
             )
         )
-        if roll_back_if_needed(trainer):
+        rolled_back = roll_back_if_needed(trainer)
+        if rolled_back:
             steps = trainer.steps_from_here()
             watch.lap()
         elif trainer.save_is_due(result):
@@ -105,7 +106,7 @@ def run_steps(trainer: Trainer) -> str:
             watch.lap()
         if result.stop_reason is not None:
             return result.stop_reason
-        if trainer.checkups.are_due(state.step):
+        if not rolled_back and trainer.checkups.are_due(state.step):
             trainer.checkups.run(trainer, result.loss)
             watch.lap()
     return "last step done"

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_video.cli import run_command
 from training import report_figures as figures
-from training.effective_time import Life, WallTime, find_lives, wall_time
+from training.effective_time import Life, WallTime, find_lives, held_up, wall_time
 from training.report_document import Document, Picture, Section, Table
 from training.run_records import RunRecords, read_run
 from training.sample_folder import SHEET_FILE
@@ -154,7 +154,7 @@ def _checkpoints(records: RunRecords) -> Section:
     saves = records.events_of("save")
     if not saves:
         return Section("Checkpoints", [])
-    seconds, blocked = ([save[name] for save in saves] for name in ("seconds", "blocked_seconds"))
+    seconds, blocked = [save["seconds"] for save in saves], [held_up(save) for save in saves]
     rows = [
         ("saves", f"{len(saves):,}"),
         ("seconds until complete, mean and largest", f"{np.mean(seconds):.2f}, {max(seconds):.2f}"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.effective_time import WallTime, find_lives
+from training.effective_time import WallTime, find_lives, held_up
 from training.run_records import Floats, RunRecords
 from training.time_bins import TIME_BINS, bin_label
 
@@ -219,7 +219,7 @@ def checkpoint_figure(records: RunRecords) -> bytes | None:
     def draw(axes: Axes) -> None:
         at = [save["step"] for save in saves]
         axes.plot(at, [save["seconds"] for save in saves], "o", markersize=3, label="until it was complete")
-        axes.plot(at, [save["blocked_seconds"] for save in saves], "s", markersize=3, label="training waited")
+        axes.plot(at, [held_up(save) for save in saves], "s", markersize=3, label="training waited")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("seconds")
         axes.legend(fontsize=8)
