@@ -171,8 +171,8 @@ def check_packages(requirements: Iterable[str]) -> Iterator[Check]:
     parsed = [Requirement(line) for line in requirements]
     if not parsed:
         yield Check("packages", "megatron-video", "failed", "not installed", "pip install -e . (or: make setup)")
-    # Developer tools come with extras too, but are nobody's concern here.
-    wanted = [r for r in parsed if r.name in PACKAGES or r.marker is None]
+    # Developer tools come with extras too, but are nobody's concern here; a package may be in several extras.
+    wanted = {r.name: r for r in reversed(parsed) if r.name in PACKAGES or r.marker is None}.values()
     present = [r.name for r in wanted if _version(r.name)]
     errors = _import_errors([PACKAGES[name][0] for name in present if name in PACKAGES])
     for requirement in wanted:
