@@ -25,13 +25,15 @@ from torch import Tensor
 
 from megatron_video import device
 from megatron_video.dit import DiTConfig, build_dit
+from megatron_video.dit.context_parallel import TokenLayout
 from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel
 from training.config import AdamWConfig, PretrainConfig, TrainingConfig
 from training.data import Batch
+from training.fsdp import bare_model
 from training.layer_norms import LayerProbe
 from training.optimizer import build_optimizer, wrap_data_parallel
 from training.telemetry import StepMetrics, Telemetry
-from training.time_bins import TIME_BINS, mean_by_time
+from training.time_bins import TIME_BINS, bin_by_time, mean_by_time
 from training.train_step import StepResult, train_step
 
 CHANNELS, LLM_CHANNELS, CLIP_CHANNELS = 16, 128, 64
@@ -49,10 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     initialize_parallel(ParallelConfig(), seed=0, device_info=info)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            rows = _measure(Bench(options, info.device, Path(folder)), options.pairs, options.warmup)
+            bench = Bench(options, info.device, Path(folder))
+            rows = _measure(bench, options.pairs, options.warmup)
+            parts = bench.parts(options.repeats)
     finally:
         destroy_parallel()
-    summary = summarise(rows)
+    summary = summarise(rows) | {"parts": parts}
+    report.print_table([{"part": name, "ms": value} for name, value in parts.items()], ["part", "ms"])
     report.print_table(summary["costs"], ["step", "bare ms", *(f"{q} added ms" for q in QUANTITIES), "share %"])
     for quantity in QUANTITIES:
         print(f"overhead by {quantity}: {summary[f'overhead {quantity}']:.3%} of a step")
@@ -70,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=25, help="timed pairs of every kind of step")
     parser.add_argument("--warmup", type=int, default=2, help="pairs before them")
+    parser.add_argument("--repeats", type=int, default=200, help="of every part timed alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=report.RESULTS / "telemetry.json")
     return parser
@@ -87,7 +93,7 @@ class Bench:
     """A model in training with a telemetry that writes to `folder`."""
 
     def __init__(self, options: argparse.Namespace, place: torch.device, folder: Path) -> None:
-        self.place, self.step = place, 0
+        self.place, self.step, self.layers = place, 0, options.layers
         dit = DiTConfig(
             num_layers=options.layers,
             num_attention_heads=options.heads,
@@ -121,6 +127,49 @@ class Bench:
             self.telemetry.log_step(_metrics(self.step, self._train(probe)))
 
         return self._timed(run)
+
+    def parts(self, repeats: int) -> dict[str, float]:
+        """Milliseconds of CPU time of every part alone, without the step around it; medians.
+
+        The pairs say what telemetry adds to a step, as finely as the machine's noise lets them; these are fine.
+        """
+        result, probe = self._train(None), LayerProbe(self.model, self.optimizer)
+        times, errors, positions = torch.rand(4), torch.rand(4), 100
+        hidden, tokens = self._hidden()
+
+        def measure_layers() -> None:
+            probe.start()
+            for layer in range(self.layers):
+                probe._see_activation(f"layers.{layer}", hidden, tokens)
+            probe.finish()
+
+        def log(every: int) -> Callable[[], object]:
+            def run() -> None:
+                self.telemetry.log_every = every
+                self.telemetry.log_step(_metrics(self.step, result))
+
+            return run
+
+        parts = {
+            "loss by t, a micro-batch": lambda: bin_by_time(times, errors, positions),
+            "the loss as one sum": lambda: _one_sum(times, errors, positions),
+            "a line of metrics.jsonl": log(10**7),
+            "a line, TensorBoard, console, memory": log(1),
+            "sizes of all layers": measure_layers,
+        }
+        return {name: 1e3 * self._median_cpu_s(run, repeats) for name, run in parts.items()}
+
+    def _median_cpu_s(self, run: Callable[[], object], repeats: int) -> float:
+        return statistics.median(self._timed(run).cpu_s for _ in range(repeats))
+
+    def _hidden(self) -> tuple[Tensor, TokenLayout]:
+        """Hidden states of one micro-batch, and which tokens they are."""
+        dit = bare_model(self.model[0])
+        _, frames, _, height, width = self.batches[0].latents.shape
+        tokens = frames * height * width
+        hidden = torch.randn(tokens, 1, dit.config.hidden_size, dtype=dit.config.params_dtype, device=self.place)
+        layout = dit._token_layout((frames, height, width), hidden.dtype, self.place)
+        return hidden, layout
 
     def _train(self, probe: LayerProbe | None) -> StepResult:
         self.step += 1

@@ -66,7 +66,7 @@ def test_cpu_step_bench_compares_equal_models(tmp_path: Path) -> None:
 
 def test_telemetry_bench_pairs_every_kind_of_step(tmp_path: Path) -> None:
     file = tmp_path / "telemetry.json"
-    sizes = "--layers 1 --heads 2 --head-dim 16 --grid 1 2 3 --pairs 3 --warmup 1"
+    sizes = "--layers 1 --heads 2 --head-dim 16 --grid 1 2 3 --pairs 3 --warmup 1 --repeats 3"
     telemetry_bench.main([*sizes.split(), "--out", str(file)])
     content = read(file)
     assert [row["step"] for row in content["summary"]["costs"]] == ["ordinary", "shown", "layers"]
