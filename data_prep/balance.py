@@ -9,7 +9,6 @@ cluster, and by perceptual hash anywhere.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,23 +21,26 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.manifest_stream import iter_manifest, manifest_writer
-from data_prep.parts import output_lock
+from data_prep.manifest_stream import cut_at, iter_manifest, row_group_sizes
+from data_prep.parquet_columns import replace_columns
+from data_prep.parts import Parts, clear_parts, output_lock
 from data_prep.stage import (
-    FINGERPRINT_KEY,
     StageReport,
+    check_folder,
     check_output,
     fingerprint_of,
     finished_fingerprint,
     make_report,
     print_report,
+    stage_metadata,
     stage_parser,
 )
+from data_prep.workers import default_workers
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
+from megatron_video.files import appearing, file_sha256
 from megatron_video.fingerprint import fingerprint_files
 from megatron_video.manifest import SCHEMA, read_manifest
-from megatron_video.shard_schema import file_sha256
 
 try:
     from data_prep.balance_report import write_balance_report
@@ -96,6 +98,8 @@ def run(
     """
     started = time.monotonic()
     check_output(manifest_in, manifest_out)
+    folder = report_folder or manifest_out.with_name(f"{manifest_out.stem}.report")
+    check_folder(folder, "--report")
     print_of = fingerprint_files([path for path in (embeddings, embeddings.with_suffix(".ids.txt")) if path.is_file()])
     described = {**asdict(settings), "embeddings": print_of, "on_missing": on_missing}
     fingerprint = fingerprint_of(STAGE, described, file_sha256(manifest_in))
@@ -103,12 +107,13 @@ def run(
         if finished_fingerprint(manifest_out) == fingerprint:
             done = read_manifest(manifest_out)
             return make_report(STAGE, done, manifest_out, done.num_rows, started, up_to_date=True)
-        work = _work_folder(manifest_out, fingerprint)
+        # The one part is what a stopped run had: centres, and mapped vectors.
+        work = Parts(manifest_out, fingerprint, total=1, part_rows=1, shard=None).folder
+        clear_parts(manifest_out, keep=work)
         filled, balanced, details = _balance(manifest_in, embeddings, settings, on_missing, work)
-        folder = report_folder or manifest_out.with_name(f"{manifest_out.stem}.report")
         write_balance_report(folder, balanced, settings, details)
         _write(manifest_in, manifest_out, filled, fingerprint)
-        shutil.rmtree(work)
+        clear_parts(manifest_out)
     return make_report(STAGE, filled, manifest_out, filled.num_rows, started, details={**details, "plots": str(folder)})
 
 
@@ -138,14 +143,10 @@ def _read(manifest: Path, keep_best: Sequence[str]) -> pa.Table:
 
 
 def _write(manifest_in: Path, manifest_out: Path, filled: pa.Table, fingerprint: str) -> None:
-    start = 0
-    with manifest_writer(manifest_out, {FINGERPRINT_KEY: fingerprint}) as writer:
-        for piece in iter_manifest(manifest_in):
-            part = filled.slice(start, piece.num_rows)
-            for name in _FILLED:
-                piece = piece.set_column(piece.schema.get_field_index(name), SCHEMA.field(name), part[name])
-            writer.write_table(piece)
-            start += piece.num_rows
+    schema = pa.schema([SCHEMA.field(name) for name in _FILLED])
+    tables = cut_at(iter([filled.select(_FILLED)]), row_group_sizes(manifest_in))
+    with appearing(manifest_out) as temporary:
+        replace_columns(manifest_in, temporary, schema, tables, stage_metadata(fingerprint))
 
 
 def best_first(clips: pa.Table, names: Sequence[str]) -> Numbers:
@@ -168,9 +169,7 @@ def _quality(clips: pa.Table, name: str) -> pa.ChunkedArray:
         return pc.multiply(width.cast(pa.int64()), height.cast(pa.int64()))
     if name == "frames":
         return pc.subtract(clips["end_frame"], clips["start_frame"])
-    known = [field.name for field in SCHEMA if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)]
-    if name not in known:
-        raise UserError(f"--keep-best {name}: a number is needed, one of {', '.join((*_DERIVED, *known))}")
+    _refuse_unless_number(name)
     return clips[name]
 
 
@@ -248,8 +247,8 @@ def _figures(balanced: Balanced) -> dict[str, Any]:
         "duplicates by embedding": int((duplicate & ~balanced.by_hash).sum()),
         "duplicates by hash": int(balanced.by_hash.sum()),
         "sum of weights": round(float(balanced.weight.sum()), 2),
-        "largest weight": _rounded(balanced.weight[kept].max(initial=0.0)),
-        "smallest weight": _rounded(balanced.weight[kept].min(initial=np.inf)),
+        "largest weight": _rounded(balanced.weight[kept].max()) if kept.any() else None,
+        "smallest weight": _rounded(balanced.weight[kept].min()) if kept.any() else None,
         "seconds": balanced.seconds,
     }
 
@@ -258,20 +257,7 @@ def _rounded(value: npt.NDArray[np.float64]) -> float:
     return round(float(value), 4)
 
 
-def _work_folder(manifest_out: Path, fingerprint: str) -> Path:
-    """Where a stopped run finds what it had; another run's is thrown away."""
-    folder = manifest_out.with_name(f".{manifest_out.name}.work")
-    mark = folder / "fingerprint"
-    if folder.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(fingerprint)
-    return folder
-
-
 def _embedded(arguments: argparse.Namespace) -> Path:
-    if arguments.clip is None:
-        raise UserError("--embeddings FILE or --clip FOLDER is needed")
     # Only now: transformers takes seconds.
     from data_prep.clip_embed import embed_clips
 
@@ -297,6 +283,7 @@ def _settings(arguments: argparse.Namespace) -> BalanceSettings:
         duplicate_bits=arguments.duplicate_bits,
         min_center_similarity=arguments.min_center_similarity,
         outlier_deviations=arguments.outlier_deviations or None,
+        outlier_neighbours=arguments.outlier_neighbours,
         temperature=arguments.temperature,
         max_weight=arguments.max_weight,
         keep_best=tuple(arguments.keep_best.split(",")),
@@ -305,35 +292,54 @@ def _settings(arguments: argparse.Namespace) -> BalanceSettings:
 
 def _parser() -> argparse.ArgumentParser:
     standard = BalanceSettings()
-    parser = stage_parser(STAGE, __doc__)
-    parser.add_argument("--embeddings", type=Path, metavar="FILE", help=".npy with .ids.txt, or .parquet")
-    parser.add_argument("--on-missing", choices=["error", "drop"], default="error", help="clips without an embedding")
-    parser.add_argument("--report", type=Path, help="folder for tables and plots (default OUT.report)")
+    parser = stage_parser(STAGE, __doc__, workers=False, check=_checked)
+    add = parser.add_argument
+    add("--embeddings", type=Path, metavar="FILE", help=".npy with .ids.txt, or .parquet")
+    add("--on-missing", choices=["error", "drop"], default="error", help="clips without an embedding (default error)")
+    add("--report", type=Path, metavar="FOLDER", help="for tables and plots (default: OUT.report)")
     model = parser.add_argument_group("instead of --embeddings")
-    model.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model for transformers")
-    model.add_argument("--embed", choices=["frames", "caption", "both"], default="frames", help="what is embedded")
-    model.add_argument("--save-embeddings", type=Path, metavar="FILE", help="default OUT.embeddings.parquet")
-    model.add_argument("--device", default="cpu", help="such as cuda")
-    model.add_argument("--batch-size", type=int, default=8, help="clips a pass")
-    parser.add_argument("--clusters", type=int, help="default: square root of the number of clips")
-    parser.add_argument("--iterations", type=int, default=standard.iterations, help="of K-means")
-    parser.add_argument("--seed", type=int, default=standard.seed)
-    parser.add_argument(
-        "--duplicate-similarity", type=float, default=standard.duplicate_similarity, help="cosine; above 1 = off"
-    )
-    parser.add_argument(
-        "--duplicate-bits", type=int, default=standard.duplicate_bits, help="bits of the perceptual hash; -1 = off"
-    )
-    parser.add_argument("--min-center-similarity", type=float, help="below it a clip is an outlier (default: none)")
-    parser.add_argument(
-        "--outlier-deviations", type=float, default=standard.outlier_deviations, help="from the median; 0 = off"
-    )
-    parser.add_argument("--temperature", type=float, default=standard.temperature, help="1 = no change of frequencies")
-    parser.add_argument("--max-weight", type=float, default=standard.max_weight, help="largest sampling weight")
-    parser.add_argument(
-        "--keep-best", default=",".join(standard.keep_best), help="columns that tell the better duplicate; -NAME = less"
-    )
+    model.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP or Chinese CLIP for transformers")
+    model.add_argument("--embed", choices=["frames", "caption", "both"], default="frames", help="(default: frames)")
+    model.add_argument("--save-embeddings", type=Path, metavar="FILE", help="default: OUT.embeddings.parquet")
+    model.add_argument("--device", default="cpu", help="cpu or a GPU, such as cuda:0 (default: %(default)s)")
+    model.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips a pass (default: %(default)s)")
+    model.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="threads that decode video")
+    _add_numbers(parser.add_argument_group("what is found and kept"), standard)
+    best = "columns that tell the better of two duplicates, the first decides; -NAME = less (default: %(default)s)"
+    add("--keep-best", default=",".join(standard.keep_best), metavar="NAME,...", help=best)
     return parser
+
+
+def _add_numbers(group: Any, standard: BalanceSettings) -> None:
+    for name, kind, default, meaning in (
+        ("clusters", int, None, "default: square root of the number of clips"),
+        ("iterations", int, standard.iterations, "of K-means"),
+        ("seed", int, standard.seed, "of K-means"),
+        ("duplicate-similarity", float, standard.duplicate_similarity, "smallest cosine of duplicates; above 1 = off"),
+        ("duplicate-bits", int, standard.duplicate_bits, "bits in which duplicates' hashes may differ; -1 = off"),
+        ("min-center-similarity", float, None, "a clip whose cosine with its centre is below is far"),
+        ("outlier-deviations", float, standard.outlier_deviations, "so far below its cluster's median too; 0 = off"),
+        ("outlier-neighbours", int, standard.outlier_neighbours, "other far clips like it make it no outlier; 0 = off"),
+        ("temperature", float, standard.temperature, "of the weights; 1 = no change of frequencies"),
+        ("max-weight", float, standard.max_weight, "largest sampling weight"),
+    ):
+        text = meaning if default is None else f"{meaning} (default: %(default)s)"
+        group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
+
+
+def _checked(arguments: argparse.Namespace) -> None:
+    for name in _settings(arguments).keep_best:
+        _refuse_unless_number(name.removeprefix("-"))
+    if arguments.embeddings is None and arguments.clip is None:
+        raise UserError("--embeddings FILE or --clip FOLDER is needed")
+    if arguments.batch_size < 1 or arguments.workers < 1:
+        raise UserError(f"--batch-size {arguments.batch_size} and --workers {arguments.workers} must be at least 1")
+
+
+def _refuse_unless_number(name: str) -> None:
+    numbers = [field.name for field in SCHEMA if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)]
+    if name not in (*_DERIVED, *numbers):
+        raise UserError(f"--keep-best {name}: a number is needed, one of {', '.join((*_DERIVED, *numbers))}")
 
 
 if __name__ == "__main__":

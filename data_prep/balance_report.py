@@ -13,13 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from data_prep.balance_steps import Balanced, BalanceSettings
 from megatron_video.shard_schema import write_atomically
 
 SIZES_PLOT, SIMILARITY_PLOT = "cluster_sizes.png", "similarity.png"
 _BINS = 100
+_FEW = 50
 
 
 def write_balance_report(
@@ -66,8 +69,9 @@ def _sizes_figure(table: pa.Table) -> Figure:
         ("weight_of_the_cluster", "expected draws an epoch (sum of weights)"),
     ):
         values = np.sort(table[name].to_numpy())[::-1]
-        axes[0].plot(np.arange(1, len(values) + 1), values, label=label)
+        axes[0].plot(np.arange(1, len(values) + 1), values, marker="." if len(values) < _FEW else None, label=label)
     axes[0].set(xscale="log", yscale="log", xlabel="clusters, the largest first", ylabel="clips in the cluster")
+    _plain_numbers(axes[0].xaxis, axes[0].yaxis)
     axes[0].set_title("Cluster sizes")
     axes[0].legend()
     return figure
@@ -95,12 +99,22 @@ def _histogram(axes: Axes, groups: Mapping[str, np.ndarray]) -> None:
         axes.text(0.5, 0.5, "no pairs compared", ha="center", transform=axes.transAxes)
         return
     low = float(everything.min())
-    bins = np.linspace(low, max(float(everything.max()), low + 1e-3), _BINS + 1).tolist()
+    # A bar for every clip says nothing of how they lie.
+    count = min(_BINS, max(10, len(everything) // 10))
+    bins = np.linspace(low, max(float(everything.max()), low + 1e-3), count + 1).tolist()
     for label, values in groups.items():
         axes.hist(values, bins=bins, histtype="stepfilled", alpha=0.7, label=f"{label}: {len(values):,}")
     # A few outliers beside a million clips can only be seen so.
-    axes.set(yscale="log", ylabel="clips")
+    axes.set(yscale="log", ylabel="clips", ylim=(0.7, None))
+    _plain_numbers(axes.yaxis)
     axes.legend()
+
+
+def _plain_numbers(*axes: Axis) -> None:
+    """200 and not 2 x 10^2 at the ticks of logarithmic axes, which few clips would fill."""
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,11 @@ import numpy.typing as npt
 from data_prep.clusters import Assigned, assign, default_clusters, train_centers
 from data_prep.embeddings import Floats, Numbers, Vectors
 from data_prep.near_duplicates import cosine_keepers, final_keepers, hash_keepers
+from data_prep.outliers import far_clips, lonely
 from data_prep.sampling_weights import cluster_weights
 from data_prep.workers import progress
 from megatron_video.errors import UserError
-
-# Median absolute deviations of a normal distribution in one standard deviation.
-_MAD_TO_SIGMA = 1.4826
-# Of fewer clips the spread is not known.
-_FEWEST_FOR_SPREAD = 20
+from megatron_video.files import appearing
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,8 @@ class BalanceSettings:
     """A clip below is an outlier."""
     outlier_deviations: float | None = 6.0
     """A clip so many robust standard deviations below its cluster's median is an outlier; None = not looked for."""
+    outlier_neighbours: int = 5
+    """But not one that has so many others like it, which are a rare concept; 0 = also those."""
     temperature: float = 2.0
     """A cluster of n clips is drawn in proportion to n^(1/temperature)."""
     max_weight: float = 4.0
@@ -47,7 +45,10 @@ class BalanceSettings:
 
     def __post_init__(self) -> None:
         for name, value, least in (
+            ("clusters", 1 if self.clusters is None else self.clusters, 1),
             ("iterations", self.iterations, 1),
+            ("seed", self.seed, 0),
+            ("outlier-neighbours", self.outlier_neighbours, 0),
             ("temperature", self.temperature, 1.0),
             ("max-weight", self.max_weight, 1.0),
         ):
@@ -56,7 +57,9 @@ class BalanceSettings:
         if not self.duplicate_similarity > 0:
             raise UserError(f"--duplicate-similarity {self.duplicate_similarity} must be above 0")
         if self.outlier_deviations is not None and not self.outlier_deviations > 0:
-            raise UserError(f"--outlier-deviations {self.outlier_deviations} must be above 0")
+            raise UserError(f"--outlier-deviations {self.outlier_deviations} must be above 0; 0 = off")
+        if self.min_center_similarity is not None and not -1 <= self.min_center_similarity < 1:
+            raise UserError(f"--min-center-similarity {self.min_center_similarity} is a cosine: -1 to below 1")
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def balance_vectors(
     assigned = assign(vectors, usable, centers)
     cluster = assigned.cluster
     clock.mark("assign")
-    outlier = find_outliers(cluster, assigned.similarity, settings)
+    outlier = find_outliers(vectors, assigned, settings)
+    clock.mark("outliers")
     left = order[(cluster[order] >= 0) & ~outlier[order]]
     keeper, nearest = _by_cosine(vectors, left, assigned, settings.duplicate_similarity)
     clock.mark("duplicates by embedding")
@@ -142,23 +146,14 @@ class _Clock:
         self._last = now
 
 
-def find_outliers(
-    cluster: npt.NDArray[np.int32], similarity: Floats, settings: BalanceSettings
-) -> npt.NDArray[np.bool_]:
-    """Clips too far from their centre: below the fixed bound, or far below the others of their cluster."""
-    outlier = np.zeros(len(cluster), bool)
-    if settings.min_center_similarity is not None:
-        outlier |= (cluster >= 0) & (similarity < settings.min_center_similarity)
-    if settings.outlier_deviations is None:
-        return outlier
-    known = np.flatnonzero(cluster >= 0)
-    for members in _members(known, cluster[known]):
-        values = similarity[members]
-        middle = np.median(values)
-        # Median and not mean: the outliers would widen the bound by which they are found.
-        spread = _MAD_TO_SIGMA * np.median(np.abs(values - middle))
-        if len(members) >= _FEWEST_FOR_SPREAD and spread > 0:
-            outlier[members[values < middle - settings.outlier_deviations * spread]] = True
+def find_outliers(vectors: Vectors, assigned: Assigned, settings: BalanceSettings) -> npt.NDArray[np.bool_]:
+    """Clips too far from their centre, and without enough others like them; bool [n]."""
+    known = np.flatnonzero(assigned.cluster >= 0)
+    clusters = _members(known, assigned.cluster[known])
+    deviations, least = settings.outlier_deviations, settings.min_center_similarity
+    outlier, halfway = far_clips(clusters, assigned.similarity, deviations, least)
+    far = np.flatnonzero(outlier)
+    outlier[far] = lonely(vectors, far, halfway[far], settings.outlier_neighbours)
     return outlier
 
 
@@ -219,9 +214,8 @@ def _centers(vectors: Vectors, usable: Numbers, settings: BalanceSettings, kept:
         return centers
     if not len(usable):
         raise UserError("no clip of the manifest has a usable embedding: all are zero, not finite or missing")
-    clusters = settings.clusters or default_clusters(len(usable))
+    clusters = default_clusters(len(usable)) if settings.clusters is None else settings.clusters
     centers = train_centers(vectors, usable, clusters, settings.seed, settings.iterations)
-    temporary = kept.with_name(".centers.tmp.npy")
-    np.save(temporary, centers)
-    os.replace(temporary, kept)
+    with appearing(kept) as temporary, open(temporary, "wb") as file:
+        np.save(file, centers)
     return centers

@@ -5,7 +5,6 @@ A clip's vector is the mean of the unit vectors of its frames, or its caption's,
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.caption_config import clip_frames
+from data_prep.devices import find_device
 from data_prep.model_tags.clip import ClipEncoder, clip_encoder, clip_files
+from data_prep.parts import Parts, clear_parts, output_lock
 from data_prep.stage import fingerprint_of
 from data_prep.workers import progress
 from megatron_video.errors import UserError
-from megatron_video.files import appearing
+from megatron_video.files import appearing, file_sha256
 from megatron_video.fingerprint import fingerprint_files
 from megatron_video.manifest import Row, read_manifest
-from megatron_video.shard_schema import file_sha256
 from megatron_video.video_io import VideoError
 
 NUM_FRAMES = 8
@@ -35,6 +35,7 @@ LONG_SIDE = 768
 Embedded = Literal["frames", "caption", "both"]
 PART_CLIPS = 1024
 _FINGERPRINT_KEY = b"megatron_video.embeddings"
+_SCHEMA = pa.schema([("clip_id", pa.string()), ("embedding", pa.list_(pa.float32()))])
 _COLUMNS = ("clip_id", "source", "caption", "is_image", "start_frame", "end_frame", "width", "height", "dropped_by")
 _BOX = ("border_share", "crop_x", "crop_y", "crop_width", "crop_height")
 
@@ -57,27 +58,46 @@ def embed_clips(
         workers: threads that decode.
 
     Raises:
-        UserError: no model there, or `target` was made of something else.
+        UserError: no model or device there, another run writes `target`, or a file there was made by something else.
     """
     if not folder.is_dir():
         raise UserError(f"--clip {folder}: no such folder; nothing is downloaded")
     settings = {"what": what, "model": fingerprint_files(clip_files(folder)), "frames": NUM_FRAMES}
     fingerprint = fingerprint_of("embed", settings, file_sha256(manifest))
-    if _is_made(target, fingerprint):
-        return
-    parts = target.with_name(f".{target.name}-{fingerprint[:12]}")
-    parts.mkdir(parents=True, exist_ok=True)
-    table = read_manifest(manifest).select([*_COLUMNS, *_BOX])
-    kept = table.filter(table["dropped_by"].is_null())
-    files = [parts / f"{start:010d}.parquet" for start in range(0, kept.num_rows, PART_CLIPS)]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
-    encoder = clip_encoder(folder, torch.device(device), torch.float32)
-    with ThreadPoolExecutor(max(workers, 1)) as threads:
-        for number in progress(missing, len(missing), "embed", unit="part"):
-            rows = kept.slice(number * PART_CLIPS, PART_CLIPS).to_pylist()
-            _write_part(files[number], rows, list(_embed(rows, encoder, what, batch_size, threads)))
-    _join(files, target, fingerprint)
-    shutil.rmtree(parts)
+    with output_lock(target):
+        if _is_made(target, fingerprint):
+            return
+        encoder = clip_encoder(folder, find_device(device), torch.float32)
+        table = read_manifest(manifest).select([*_COLUMNS, *_BOX])
+        kept = table.filter(table["dropped_by"].is_null())
+        parts = _VectorParts(target, fingerprint, kept.num_rows, PART_CLIPS, shard=None)
+        clear_parts(target, keep=parts.folder)
+        missing = parts.missing()
+        with ThreadPoolExecutor(max(workers, 1)) as threads:
+            for number in progress(missing, len(missing), "embed", unit="part"):
+                numbers = parts.items_of(number)
+                rows = kept.slice(numbers.start, len(numbers)).to_pylist()
+                parts.write_vectors(number, rows, list(_embed(rows, encoder, what, batch_size, threads)))
+        parts.join(target, fingerprint)
+        clear_parts(target)
+
+
+class _VectorParts(Parts):
+    """Parts of a table of vectors instead of a manifest."""
+
+    def write_vectors(self, number: int, rows: Sequence[Row], vectors: Sequence[list[float] | None]) -> None:
+        """Keep a finished part."""
+        columns = {"clip_id": [row["clip_id"] for row in rows], "embedding": vectors}
+        with appearing(self._path(number)) as temporary:
+            pq.write_table(pa.table(columns, schema=_SCHEMA), temporary)
+
+    def join(self, target: Path, fingerprint: str) -> None:
+        """Write all parts to `target`."""
+        schema = _SCHEMA.with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
+        # Part by part: all vectors together may be larger than memory.
+        with appearing(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for number in range(len(self)):
+                writer.write_table(pq.read_table(self._path(number)).cast(schema))
 
 
 def _embed(
@@ -117,28 +137,6 @@ def _joined(frames: Tensor | None, text: Tensor | None, what: Embedded) -> Tenso
     if what == "caption":
         return text
     return None if frames is None or text is None else F.normalize(frames + text, dim=0)
-
-
-def _write_part(file: Path, rows: Sequence[Row], vectors: Sequence[list[float] | None]) -> None:
-    table = pa.table(
-        {
-            "clip_id": pa.array([row["clip_id"] for row in rows], pa.string()),
-            "embedding": pa.array(vectors, pa.list_(pa.float32())),
-        }
-    )
-    with appearing(file) as temporary:
-        pq.write_table(table, temporary)
-
-
-def _join(files: Sequence[Path], target: Path, fingerprint: str) -> None:
-    schema = pa.schema(
-        [("clip_id", pa.string()), ("embedding", pa.list_(pa.float32()))],
-        metadata={_FINGERPRINT_KEY: fingerprint.encode()},
-    )
-    # Part by part: all vectors together may be larger than memory.
-    with appearing(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for file in files:
-            writer.write_table(pq.read_table(file).cast(schema))
 
 
 def _is_made(target: Path, fingerprint: str) -> bool:

@@ -6,7 +6,6 @@ Two forms: NAME.npy, [N, D] of any float type, with one clip_id a line in NAME.i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_video.errors import UserError
+from megatron_video.files import appearing
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -119,14 +119,12 @@ def _map_lists(file: Path, table: pq.ParquetFile, copy: Path) -> None:
     width = next((len(value) for value in _values(table) if value is not None), 0)
     if not width:
         raise UserError(f"--embeddings {file}: no clip has an embedding")
-    temporary = copy.with_name(f".{copy.name}.tmp")
     # Written and not mapped: a full disk is then an error, and no bus error that kills the process.
-    with open(temporary, "wb") as file_out:
+    with appearing(copy) as temporary, open(temporary, "wb") as file_out:
         shape = (table.metadata.num_rows, width)
         np.lib.format.write_array_header_1_0(file_out, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for batch in table.iter_batches(BLOCK_ROWS, columns=["embedding"]):
             file_out.write(_block_of(file, batch["embedding"], width).tobytes())
-    os.replace(temporary, copy)
 
 
 def _block_of(file: Path, lists: pa.Array, width: int) -> Floats:

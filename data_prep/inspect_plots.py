@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from megatron_video.errors import UserError
 from megatron_video.files import appearing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PLOT_FILE = "statistics.png"
 _BUCKETS_SHOWN = 20
@@ -27,15 +26,8 @@ def write_plots(report: Mapping[str, Any], tokens: npt.NDArray[Any], out: Path) 
         report: `InspectReport` as a dict.
         tokens: [samples] Step-LLM tokens of every caption.
         out: folder.
-
-    Raises:
-        UserError: matplotlib is not installed.
     """
-    try:
-        # No pyplot: it keeps figures alive and may look for a display.
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("inspect draws plots with matplotlib: pip install 'megatron-video[data]'") from None
+    # No pyplot: it keeps figures alive and may look for a display.
     figure = Figure(figsize=(13, 8), layout="constrained")
     channels, noise, text, buckets = figure.subplots(2, 2).flat
     _channels(channels, report["latents"])
@@ -53,6 +45,7 @@ def _channels(axes: Axes, latents: Mapping[str, Any]) -> None:
     numbers = np.arange(len(latents["mean"]))
     axes.errorbar(numbers, latents["mean"], yerr=latents["deviation"], fmt="o", markersize=3, linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="latents: mean and standard deviation", xlabel="channel", ylabel="posterior mean")
 
 
@@ -63,6 +56,7 @@ def _noise(axes: Axes, latents: Mapping[str, Any]) -> None:
     axes.bar(numbers + 0.2, noise, width=0.4, label="noise: posterior deviation")
     # Channels whose noise is as large as their signal carry nothing.
     axes.set(title="latents: signal and noise", xlabel="channel", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
@@ -72,13 +66,17 @@ def _text(axes: Axes, tokens: npt.NDArray[Any]) -> None:
     edges = np.arange(tokens.min(), tokens.max() + 2 * width, width) - 0.5
     axes.hist(tokens, bins=edges.tolist())
     axes.set(title="caption length", xlabel="Step-LLM tokens", ylabel="samples")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _buckets(axes: Axes, buckets: list[Mapping[str, Any]]) -> None:
     shown = sorted(buckets, key=lambda bucket: -bucket["samples"])[:_BUCKETS_SHOWN]
     bars = axes.barh([bucket["bucket"] for bucket in shown], [bucket["samples"] for bucket in shown])
-    hours = ["" if bucket["hours"] is None else f" {bucket['hours']:.3g} h" for bucket in shown]
+    # Images have no hours.
+    hours = [f" {bucket['hours']:.3g} h" if bucket["hours"] else "" for bucket in shown]
     axes.bar_label(bars, labels=hours, fontsize=8)
     axes.margins(x=0.15)
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="buckets (frames x height x width)", xlabel="samples")

@@ -152,7 +152,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_the_next_gives_the_same_by
     options = ["--embeddings", str(vectors), "--clusters", str(CLUSTERS), "--duplicate-similarity", "0.97"]
     with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not (tmp_path / ".out.parquet.work" / "centers.npy").exists() and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".out.parquet.parts-*/centers.npy")) and time.monotonic() < deadline:
             time.sleep(0.002)
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -279,6 +279,27 @@ def test_the_order_of_quality_is_the_one_asked_for(tmp_path: Path) -> None:
         balance.best_first(table, ("caption",))
 
 
+def test_a_rare_concept_in_a_cluster_of_another_one_is_no_outlier_and_an_odd_clip_is(tmp_path: Path) -> None:
+    """One cluster of 300 clips of a concept, 12 of another, and 4 that are like nothing."""
+    rng = np.random.default_rng(0)
+    kinds = np.repeat([0, 1], [300, 12])
+    vectors = np.eye(64)[kinds] + 0.08 * rng.standard_normal((312, 64))
+    vectors = np.concatenate([vectors, rng.standard_normal((4, 64))]).astype(np.float32)
+    names = [f"c{number}" for number in range(len(vectors))]
+    manifest = write_rows(tmp_path, [{"clip_id": name} for name in names])
+    file = write_vectors(tmp_path, vectors, names)
+
+    def outliers(neighbours: int) -> list[int]:
+        settings = BalanceSettings(clusters=1, duplicate_similarity=1.1, outlier_neighbours=neighbours)
+        balance.run(manifest, tmp_path / "o.parquet", file, settings)
+        return [n for n, row in enumerate(rows_of(tmp_path / "o.parquet")) if row["dropped_by"]]
+
+    assert outliers(0) == list(range(300, 316))
+    assert outliers(5) == list(range(312, 316))
+    # Twelve clips have eleven others like them.
+    assert outliers(12) == list(range(300, 316))
+
+
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -381,4 +402,14 @@ def test_wrong_numbers_of_clusters_and_no_source_are_refused(
     assert "--clusters 9 must be between 1 and the 3 clips" in capsys.readouterr().err
     assert run_command(main, common) == 2
     assert "--embeddings FILE or --clip FOLDER" in capsys.readouterr().err
+    for option, value, complaint in (
+        ("--clusters", "0", "--clusters 0 must be at least 1"),
+        ("--seed", "-1", "--seed -1 must be at least 0"),
+        ("--min-center-similarity", "7", "--min-center-similarity 7.0 is a cosine"),
+        ("--outlier-deviations", "-1", "--outlier-deviations -1.0 must be above 0; 0 = off"),
+        ("--keep-best", "pixels,caption", "--keep-best caption: a number is needed"),
+        ("--batch-size", "0", "--batch-size 0"),
+    ):
+        assert run_command(main, [*common, "--embeddings", str(file), option, value]) == 2
+        assert complaint in capsys.readouterr().err
     assert not (tmp_path / "o.parquet").exists()
