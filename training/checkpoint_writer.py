@@ -8,7 +8,7 @@ checksums and fsync all run outside Python's lock, and nothing outlives a killed
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ class Share:
 
     def __init__(self, writer: Any, metadata: Any, copies: HostCopies | None) -> None:
         self._writer, self._metadata = writer, metadata
-        copy = copies.copy if copies else _on_host
+        copy = _once(copies.copy if copies else _on_host)
         self._buckets: list[Bucket] = [
             (path, name, (objects, [(item, copy(item.index, tensor)) for item, tensor in tensors]))
             for path, name, (objects, tensors) in writer.write_buckets
@@ -122,7 +122,8 @@ class InProcessStrategy(TorchDistSaveShardedStrategy):
     """
 
     def __init__(self, copies: HostCopies | None = None, files: int = 2) -> None:
-        super().__init__(FORMAT, FORMAT_VERSION, thread_count=files)
+        # cached_metadata: from the third save of a run on, the ranks need not exchange their plans, which are the same.
+        super().__init__(FORMAT, FORMAT_VERSION, thread_count=files, cached_metadata=True)
         _start_no_manager()
         self.share: Share | None = None
         self._copies = copies
@@ -137,6 +138,8 @@ class InProcessStrategy(TorchDistSaveShardedStrategy):
 def parallel(strategy: InProcessStrategy) -> SaveShardedStrategy:
     """What several replicas hold alike is written by all of them, each a share, instead of all by the first."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() == 1:
+        return strategy
     return FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
 
 
@@ -157,6 +160,19 @@ def _start_no_manager() -> None:
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
+
+
+def _once(copy: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """fp32 weights are stored as weights and as the optimizer's: one copy serves for both."""
+    made: dict[Any, Tensor] = {}
+
+    def copy_once(key: Any, tensor: Tensor) -> Tensor:
+        source = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if source not in made:
+            made[source] = copy(key, tensor)
+        return made[source]
+
+    return copy_once
 
 
 def _on_host(_: Any, tensor: Tensor) -> Tensor:

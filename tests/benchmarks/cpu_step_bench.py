@@ -153,7 +153,7 @@ def _serve(options: argparse.Namespace) -> None:
     train, imported = build(options)
     print("{}", flush=True)
     for line in sys.stdin:
-        batch = _batch(int(line), options)
+        batch = make_batch(int(line), options.grid, options.batch)
         wall, cpu = time.perf_counter(), time.process_time()
         loss = train(batch)
         answer = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "loss": loss}
@@ -161,19 +161,20 @@ def _serve(options: argparse.Namespace) -> None:
         print(json.dumps({**answer, "peak_rss_mib": peak, "peak_over_imports_mib": peak - imported}), flush=True)
 
 
-def _batch(step: int, options: argparse.Namespace) -> dict[str, Tensor]:
+def make_batch(step: int, grid: Sequence[int], batch: int) -> dict[str, Tensor]:
+    """The fields of a training batch of one latent grid (T, h, w), a function of the step."""
     generator = torch.Generator().manual_seed(step)
-    t, h, w = options.grid
+    t, h, w = grid
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(options.batch, *shape, generator=generator)
+        return torch.randn(batch, *shape, generator=generator)
 
     return {
         "latents": random(t, CHANNELS, h, w),
-        "timestep": torch.rand(options.batch, generator=generator),
+        "timestep": torch.rand(batch, generator=generator),
         "llm_states": random(LLM_TOKENS, LLM_CHANNELS),
         "clip_states": random(CLIP_TOKENS, CLIP_CHANNELS),
-        "text_lengths": torch.full((options.batch,), CLIP_TOKENS + LLM_TOKENS // 2),
+        "text_lengths": torch.full((batch,), CLIP_TOKENS + LLM_TOKENS // 2),
         "target": random(t, CHANNELS, h, w),
     }
 
