@@ -23,8 +23,8 @@ def check_held_out(training: Sequence[str], held_out: Sequence[str], record: Pat
     """Refuse held-out folders that share a source video with the training folders.
 
     Keys begin with the hash of their source file, so other clips of one video count as shared too. The indices are
-    streamed: a hundred million rows take half a minute of one core and 300 MiB. `record` keeps what was checked: the same
-    indices are not read again in later lives of the run.
+    streamed: a hundred million rows take half a minute of one core and 300 MiB. `record` keeps what was checked, and
+    later lives of the run do not read the same indices again.
 
     Raises:
         UserError: naming sources that are in both.
