@@ -86,6 +86,8 @@ class Layout:
     """How micro-batches are shared out to replicas."""
     images_per_video: float | None = None
     """Images that come on top of the micro-batches, for every video."""
+    cpu_offload: bool | None = None
+    """Whether the optimizer's moments lie and are updated in host memory."""
     buckets: list[str] | None = None
     """Sizes of the samples, such as 17x48x64."""
     hardware: Hardware | None = None
@@ -275,6 +277,8 @@ def _alternatives(layout: Layout, name: str) -> list[Any]:
         values = _values_of_type(Balance, value)
     elif name == "data.images_per_video":
         values = [None]
+    elif name == "optimizer.cpu_offload":
+        values = _values_of_type(bool, value)
     elif name == "world_size":
         values = _values_of_type(int, value)
     else:

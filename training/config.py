@@ -193,6 +193,7 @@ class PretrainConfig:
             samples_per_draw=self.data.samples_per_draw,
             balance=self.data.balance,
             images_per_video=self.data.images_per_video,
+            cpu_offload=self.optimizer.cpu_offload,
             buckets=buckets or self.data.buckets,
             hardware=hardware,
         )

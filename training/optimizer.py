@@ -95,6 +95,11 @@ def build_optimizer(model: list[WrappedChunk], config: AdamWConfig, parallel: Pa
         use_distributed_optimizer=parallel.use_distributed_optimizer or parallel.use_megatron_fsdp,
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_recipe=model[0].config.fp8_recipe if model[0].config.fp8 else None,
+        optimizer_cpu_offload=config.cpu_offload,
+        # All of it: one kind of state to save and load.
+        optimizer_offload_fraction=1.0 if config.cpu_offload else 0.0,
+        # A parameter's weights travel back while the next one's are updated.
+        overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,
     )
     # Beside NCCL, megatron-core keeps gloo groups for collectives on CPU tensors.
     uses_nccl = torch.distributed.get_backend() == "nccl"
@@ -108,8 +113,10 @@ def build_optimizer(model: list[WrappedChunk], config: AdamWConfig, parallel: Pa
     return optimizer if isinstance(optimizer, ChainedOptimizer) else ChainedOptimizer([optimizer])
 
 
-def describe_adam() -> str:
+def describe_adam(config: AdamWConfig) -> str:
     """Which implementation of AdamW megatron-core picked: Transformer Engine's, else Apex's, else torch's."""
+    if config.cpu_offload:
+        return "AdamW of torch, in host memory"
     return f"{Adam.__name__} of {Adam.__module__.partition('.')[0]}"
 
 

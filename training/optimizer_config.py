@@ -34,6 +34,9 @@ class AdamWConfig:
     """Decoupled weight decay of matrices; norms, biases and modulation tables have none."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    cpu_offload: bool = False
+    """Keep and update the moments in host memory: 8 bytes a parameter less on the device (divided over the replicas),
+    for the time that gradients and weights take to the host and back."""
 
     def __post_init__(self) -> None:
         """Refuse values AdamW cannot use.

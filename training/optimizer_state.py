@@ -19,12 +19,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
 
 from training.ema import EMA
 from training.flat_parts import Box, boxes
 from training.main_parameters import MainParameter, main_parameters, only_optimizer
+from training.optimizer_offload import share_state, stepped_tensor, take_loaded_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA_PREFIX = "ema"
@@ -62,6 +64,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: State, updates: i
                 target.copy_(torch.cat([box.flatten() for box in found]).view(target.shape))
     # The tensors carry no count; bias correction needs it.
     single = only_optimizer(optimizer)
+    take_loaded_weights(single.optimizer)
     for group in single.optimizer.param_groups:
         if _counts_per_group(single):
             group["step"] = updates
@@ -121,7 +124,8 @@ def _cut(template: ShardedTensor, box: Box) -> ShardedTensor:
 
 def _counts_per_group(single: Any) -> bool:
     """torch's AdamW counts per parameter; the fused ones of Transformer Engine and Apex per group."""
-    return not isinstance(single.optimizer, torch.optim.AdamW)
+    # In host memory it is torch's.
+    return not isinstance(single.optimizer, (torch.optim.AdamW, HybridDeviceOptimizer))
 
 
 def _start_moments(single: Any) -> None:
@@ -131,9 +135,11 @@ def _start_moments(single: Any) -> None:
             state = single.optimizer.state[main]
             if not state:
                 # Not by a step with zero gradients: weight decay would move the weights.
-                state.update({name: torch.zeros_like(main, dtype=torch.float32) for name in MOMENTS})
+                stepped = stepped_tensor(single.optimizer, main)
+                state.update({name: torch.zeros_like(stepped, dtype=torch.float32) for name in MOMENTS})
                 if not _counts_per_group(single):
                     state["step"] = torch.zeros((), dtype=torch.float32)
+    share_state(single.optimizer)
 
 
 def _flat(values: Any) -> Iterator[Any]:

@@ -117,7 +117,7 @@ def _precision(config: PretrainConfig) -> Iterator[str]:
             f"FP8: {fp8.recipe}, {fp8.format}, linear layers of blocks {fp8.first_layers_bf16} to {last - 1}; "
             f"weights kept in {'FP8' if fp8.param_gather else 'bf16'}"
         )
-    yield f"optimizer: {describe_adam()}"
+    yield f"optimizer: {describe_adam(config.optimizer)}"
 
 
 def _batch(config: PretrainConfig, plan: DataPlan) -> str:
