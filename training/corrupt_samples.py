@@ -25,17 +25,18 @@ class ReplicaAgreement:
 
     Args:
         builder: builds this replica's batches.
-        parallel: the layout; making the group takes part of all ranks.
+        parallel: the layout; making the groups takes part of all ranks.
     """
 
     def __init__(self, builder: BatchBuilder, parallel: ParallelConfig) -> None:
         self._builder = builder
-        self._ranks = rank_grid(parallel, dist.get_world_size())[:, data_parallel_rank()].flatten().tolist()
-        self._place = self._ranks.index(dist.get_rank())
+        # [pp, dp, cp, tp] -> the ranks of every replica.
+        replicas = rank_grid(parallel, dist.get_world_size()).transpose(0, 1).flatten(1).tolist()
+        self._place = replicas[data_parallel_rank()].index(dist.get_rank())
         self._group = None
-        if len(self._ranks) > 1:
+        if len(replicas[0]) > 1:
             # gloo: the flags are on the host, and the device is not waited for.
-            self._group = dist.new_group(self._ranks, backend="gloo", use_local_synchronization=True)
+            self._group, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo")
 
     def __call__(self, data: StepData) -> StepData:
         """A step's data without any sample that some rank of the replica could not read; on all ranks of it."""

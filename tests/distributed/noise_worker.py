@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 from typing import Any
 
+import torch
+
 from megatron_video.config_io import load_config
 from megatron_video.device import initialize
 from megatron_video.parallel import data_parallel_rank, destroy_parallel, initialize_parallel
@@ -35,7 +37,7 @@ def digest(batch: Batch) -> str:
     found = hashlib.sha256()
     for item in dataclasses.fields(batch):
         value: Any = getattr(batch, item.name)
-        if value is not None:
+        if isinstance(value, torch.Tensor):
             found.update(f"{item.name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.contiguous().numpy().tobytes())
     return found.hexdigest()
