@@ -2,8 +2,8 @@
 
 Embeddings come from a file (NAME.npy with NAME.ids.txt, or Parquet with clip_id and embedding) or from a local CLIP
 model. Filled are cluster, cluster_count (clips in the cluster before anything is removed), center_similarity, weight
-and duplicate_of. Dropped are clips far from their centre, and near-duplicates of a better clip: by cosine inside a
-cluster, and by perceptual hash anywhere.
+and duplicate_of. Dropped are clips that are far from their centre and alone there, and near-duplicates of a better clip:
+by cosine inside a cluster, and by perceptual hash anywhere.
 """
 
 from __future__ import annotations
@@ -330,8 +330,8 @@ def _add_numbers(group: Any, standard: BalanceSettings) -> None:
 def _checked(arguments: argparse.Namespace) -> None:
     for name in _settings(arguments).keep_best:
         _refuse_unless_number(name.removeprefix("-"))
-    if arguments.embeddings is None and arguments.clip is None:
-        raise UserError("--embeddings FILE or --clip FOLDER is needed")
+    if (arguments.embeddings is None) == (arguments.clip is None):
+        raise UserError("--embeddings FILE or --clip FOLDER is needed, and not both")
     if arguments.batch_size < 1 or arguments.workers < 1:
         raise UserError(f"--batch-size {arguments.batch_size} and --workers {arguments.workers} must be at least 1")
 

@@ -114,7 +114,7 @@ def _plain_numbers(*axes: Axis) -> None:
     """200 and not 2 x 10^2 at the ticks of logarithmic axes, which few clips would fill."""
     for axis in axes:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}" if f"{value:e}"[0] in "25" else ""))
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:

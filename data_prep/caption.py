@@ -37,7 +37,7 @@ from data_prep.stage import (
     stage_parser,
     write_finished,
 )
-from data_prep.workers import Shard
+from data_prep.workers import Shard, default_workers
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.errors import UserError
@@ -62,9 +62,10 @@ class CaptionSettings:
     """So many clips without an answer in a row stop the run: then it is the source that is at fault."""
 
     def __post_init__(self) -> None:
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise UserError(f"--kinds {','.join(self.kinds)}: different ones of {', '.join(KINDS)} are needed")
+        if any(kind not in KINDS or self.kinds.count(kind) > 1 for kind in self.kinds) or not self.kinds:
+            raise UserError(f"--kinds {','.join(self.kinds)}: each of {', '.join(KINDS)} at most once, and no others")
+        if self.max_failures < 1:
+            raise UserError(f"--max-failures {self.max_failures} must be at least 1")
         strange = [kind for kind in self.chosen_mix.shares if kind not in self.kinds]
         if strange:
             raise UserError(f"--use {self.chosen_mix.text}: {', '.join(strange)} is not among --kinds")
@@ -83,9 +84,7 @@ class CaptionSettings:
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
     arguments = _parser().parse_args(argv)
-    mix = CaptionMix(arguments.use) if arguments.use else None
-    settings = CaptionSettings(tuple(arguments.kinds.split(",")), mix, arguments.on_missing, arguments.max_failures)
-    config = load_config(CaptionConfig, arguments.prompts)
+    settings, config = _settings(arguments), load_config(CaptionConfig, arguments.prompts)
     shard = Shard.parse(arguments.shard) if arguments.shard else None
     captioner = _captioner(arguments, settings, config)
     try:
@@ -210,12 +209,27 @@ def _check_source(captioner: Captioner | None, settings: CaptionSettings, config
         raise UserError(f"--prompts has no prompt for {', '.join(missing)}, which --kinds asks for")
 
 
+def _settings(arguments: argparse.Namespace) -> CaptionSettings:
+    mix = CaptionMix(arguments.use) if arguments.use else None
+    return CaptionSettings(tuple(arguments.kinds.split(",")), mix, arguments.on_missing, arguments.max_failures)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    _settings(arguments)
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers} must be at least 1")
+    if arguments.endpoint is not None:
+        if not arguments.model:
+            raise UserError("--endpoint needs --model, the name under which the endpoint serves it")
+        _endpoint_settings(arguments)
+    if arguments.shard:
+        Shard.parse(arguments.shard)
+
+
 def _captioner(arguments: argparse.Namespace, settings: CaptionSettings, config: CaptionConfig) -> Captioner | None:
     if arguments.captions is not None:
         return FileCaptioner(arguments.captions, settings.asked)
     if arguments.endpoint is not None:
-        if not arguments.model:
-            raise UserError("--endpoint needs --model, the name under which the endpoint serves it")
         return EndpointCaptioner(_endpoint_settings(arguments), config)
     if arguments.vlm is None:
         return None
@@ -239,31 +253,36 @@ def _endpoint_settings(arguments: argparse.Namespace) -> EndpointSettings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = stage_parser(STAGE, __doc__)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="columns to fill (default short,dense,title)")
-    parser.add_argument(
-        "--use", help="which becomes `caption`: dense (default), or a mix, dense=0.6,short=0.3,title=0.1"
-    )
-    parser.add_argument("--on-missing", choices=["drop", "keep"], default="drop", help="clips that get no answer")
-    parser.add_argument("--max-failures", type=int, default=20, help="clips in a row without an answer that stop it")
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_PROMPTS, help=f"YAML (default {DEFAULT_PROMPTS})")
-    parser.add_argument("--shard", metavar="I/N", help="ask for share I (from 0) of N; the last one joins them")
+    parser = stage_parser(STAGE, __doc__, workers=False, check=_check)
+    add = parser.add_argument
+    kinds = ",".join(KINDS)
+    add("--kinds", default=kinds, metavar="KIND,...", help="columns to fill (default: %(default)s)")
+    add("--use", metavar="KIND=SHARE,...", help="which becomes `caption`: dense (default), or dense=0.6,short=0.4")
+    add("--on-missing", choices=["drop", "keep"], default="drop", help="clips that get no answer (default: drop)")
+    failures = "clips in a row without an answer that stop it (default: %(default)s)"
+    add("--max-failures", type=int, default=20, metavar="N", help=failures)
+    prompts = "prompts, frames, refusals (default: %(default)s)"
+    add("--prompts", type=Path, default=DEFAULT_PROMPTS, metavar="YAML", help=prompts)
+    add("--workers", type=int, default=default_workers(), metavar="N", help="threads that decode (default: all CPUs)")
+    add("--shard", metavar="I/N", help="ask for share I (from 0) of N; the last one joins them")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--vlm", type=Path, metavar="FOLDER", help="vision-language model for transformers")
     source.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")
     source.add_argument("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .parquet with clip_id or path")
-    local = parser.add_argument_group("with --vlm")
-    local.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    local.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    local.add_argument("--batch-size", type=int, default=4, help="clips a pass")
-    remote = parser.add_argument_group("with --endpoint")
-    remote.add_argument("--model", help="name under which the endpoint serves the model")
-    remote.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable that holds the key")
-    remote.add_argument("--concurrency", type=int, default=16, help="requests under way at once")
-    remote.add_argument("--requests-per-minute", type=float, help="retries count too (default: no limit)")
-    remote.add_argument("--timeout", type=float, default=120.0, help="seconds for a whole request")
-    remote.add_argument("--retries", type=int, default=5, help="further tries of a request")
-    remote.add_argument("--longest-wait", type=float, default=60.0, help="seconds between two tries at most")
+    local = parser.add_argument_group("with --vlm").add_argument
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    local("--device", default=default, help="cpu or a GPU, such as cuda:0 (default here: %(default)s)")
+    local("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="default: %(default)s")
+    local("--batch-size", type=int, default=4, metavar="N", help="clips a pass (default: %(default)s)")
+    remote = parser.add_argument_group("with --endpoint").add_argument
+    remote("--model", metavar="NAME", help="name under which the endpoint serves the model")
+    remote("--api-key-env", metavar="VARIABLE", help="environment variable that holds the key")
+    remote("--concurrency", type=int, default=16, metavar="N", help="requests under way at once (default: %(default)s)")
+    remote("--requests-per-minute", type=float, metavar="N", help="retries count too (default: no limit)")
+    remote("--timeout", type=float, default=120, metavar="SECONDS", help="for a whole request (default: %(default)s)")
+    remote("--retries", type=int, default=5, metavar="N", help="further tries of a request (default: %(default)s)")
+    wait = "between two tries at most (default: %(default)s)"
+    remote("--longest-wait", type=float, default=60, metavar="SECONDS", help=wait)
     return parser
 
 

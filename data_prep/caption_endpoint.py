@@ -62,10 +62,14 @@ class EndpointSettings:
         for option, value, least in (("concurrency", self.concurrency, 1), ("retries", self.retries, 0)):
             if value < least:
                 raise UserError(f"--{option} {value} must be at least {least}")
-        if self.timeout <= 0 or (self.requests_per_minute is not None and self.requests_per_minute <= 0):
-            raise UserError(
-                f"--timeout {self.timeout} and --requests-per-minute {self.requests_per_minute} must be > 0"
-            )
+        pace = 1.0 if self.requests_per_minute is None else self.requests_per_minute
+        for option, number in (
+            ("timeout", self.timeout),
+            ("requests-per-minute", pace),
+            ("longest-wait", self.longest_wait),
+        ):
+            if not number > 0:
+                raise UserError(f"--{option} {number:g} must be above 0")
 
 
 class Pace:

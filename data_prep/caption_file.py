@@ -27,7 +27,7 @@ class FileCaptioner:
 
     def __init__(self, file: Path, kinds: Sequence[Kind]) -> None:
         if not file.is_file():
-            raise UserError(f"--captions {file}: no such file")
+            raise UserError(f"--captions {file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
         self.name = f"file:{file.name}-{file_sha256(file)[:8]}"
         self._texts: dict[str, dict[str, str]] = {}
         for number, record in enumerate(read_records(file), start=1):

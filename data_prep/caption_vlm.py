@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_prep.caption_config import Answer, CaptionConfig, Clip, Kind, prompt_text
+from data_prep.devices import find_device
 from megatron_video.errors import UserError
 from megatron_video.fingerprint import fingerprint_files
 
@@ -27,7 +28,7 @@ class VlmCaptioner:
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size} must be at least 1")
         self._config, self.batch_size = config, batch_size
-        self._device = torch.device(device)
+        self._device = find_device(device)
         self._processor, self._model = _load(folder, self._device, DTYPES[dtype])
         # Two snapshots under one folder name are two models.
         weights = fingerprint_files([*sorted(folder.glob("*.safetensors")), folder / "config.json"])[:8]

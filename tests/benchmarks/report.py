@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# Made-up clips, vectors and models of the tests serve benchmarks too.
+sys.path.append(str(Path(__file__).parents[1]))
 _PACKAGES = (
     *("torch", "triton", "megatron-core", "transformer-engine", "transformer-engine-torch"),
     *("av", "decord", "torchcodec", "webdataset", "scenedetect", "scenedetect-headless"),
