@@ -7,7 +7,6 @@ OUT/contact_sheet.png. `verify` says whether the bytes are whole; this says whet
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import torch
 
 from data_prep.encode import MANIFEST_FILE
 from data_prep.inspect_plots import write_plots
+from data_prep.stage import stage_parser
 from data_prep.workers import progress
 from megatron_video.buckets import parse_bucket
 from megatron_video.cli import run_command
@@ -87,15 +87,12 @@ class InspectReport:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the command."""
-    parser = argparse.ArgumentParser(prog="megatron-video data inspect", description=__doc__)
-    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="SHARDS", help="folder of shards")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables, plots and pictures")
+    parser = stage_parser("inspect", __doc__, "SHARD_FOLDER", "FOLDER", workers=False)
     parser.add_argument("--vae", type=Path, help="the Video-VAE that encoded them, for the contact sheet")
     parser.add_argument("--clips", type=int, default=12, help="clips on the contact sheet")
     parser.add_argument("--sample", type=int, default=1024, help="clips whose latents are read for the statistics")
     parser.add_argument("--seed", type=int, default=0, help="draws both samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     a = parser.parse_args(argv)
     report = run(a.source, a.out, a.vae, clips=a.clips, sample=a.sample, seed=a.seed, device=a.device)
     print(json.dumps(asdict(report), ensure_ascii=False)) if a.json else _print(report, a.out)

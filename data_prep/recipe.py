@@ -33,7 +33,9 @@ from megatron_video.config_io import config_dataclass, load_config
 from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
 
 # Commands of the table that are no step from a manifest to the next.
-_NO_STAGES = ("make-demo-clips", "run")
+_NO_STAGES = ("make-demo-clips", "blend", "run")
+# What they write is looked at; the stage behind them reads what they read.
+_ONLY_LOOK = ("inspect",)
 Options = dict[str, Any]
 
 
@@ -167,7 +169,7 @@ def plan(path: Path, run: Run) -> tuple[Path, list[Step]]:
         except UserError as error:
             raise UserError(f"recipe {path}, stage {number} ({stage}): {error}") from None
         steps.append(step)
-        source = step.out or source
+        source = source if stage in _ONLY_LOOK else step.out or source
     return work, steps
 
 

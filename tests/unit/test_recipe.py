@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import data, make_raw
 
+from data_prep.cli import STAGES
 from data_prep.lock import run_lock
 from data_prep.recipe import Run, plan
+from data_prep.stage import checked_parser
 from megatron_video.errors import UserError
 from megatron_video.manifest import read_manifest
 
@@ -172,6 +175,19 @@ def test_two_runs_on_one_work_folder(
         assert run(recipe, raw, work) == 2
     assert re.search(r"another run is writing there \(process \d+ on", capsys.readouterr().err)
     assert not list(work.iterdir())
+
+
+def test_every_stage_of_the_table_can_be_in_a_recipe(tmp_path: Path) -> None:
+    for stage in sorted(STAGES.keys() - {"make-demo-clips", "blend", "run"}):
+        parser = checked_parser(importlib.import_module(STAGES[stage][0]).main, None)
+        assert {"--in", "--json"} <= {name for action in parser._actions for name in action.option_strings}, stage
+
+
+def test_what_only_looks_is_passed_over(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages: [encode: {vae: v, text: t, buckets: 1x32x32}, inspect, verify]")
+    _, (encode, inspect, verify) = plan(recipe, Run(source=tmp_path / "m.parquet", work=tmp_path))
+    assert inspect.source == verify.source == encode.out
 
 
 @pytest.mark.parametrize("recipe_file", sorted((ROOT / "data_prep").glob("recipe_*.yaml")), ids=lambda path: path.name)
