@@ -140,7 +140,8 @@ def test_tensorboard_has_curves_and_moving_pictures(run: Path) -> None:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     tags = board.Tags()
-    assert tags["images"] == ["samples/00000", "samples/00001", "samples/00002"]
+    samples = [name for name in tags["images"] if name.startswith("samples/")]
+    assert samples == ["samples/00000", "samples/00001", "samples/00002"]
     assert board.Images("samples/00001")[0].step == STEPS
     for weights in ("trained", "averaged"):
         assert [point.step for point in board.Scalars(f"validation/{weights}")] == [2, 4]
