@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class Scenario:
     """Draws of equal cost (Eq. 12)."""
     by_cost: bool
     """Dealt by cost, images one by one, and not in turn."""
+    by_seconds: bool = False
+    """By measured seconds and not by FLOPs, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Outcome:
     stage: str
     scenario: str
     images_per_video: float
+    judged_by: str
+    """FLOP or s."""
     max_over_mean: float
     """Mean over steps of the largest replica's cost, over the mean replica's: how much longer a step takes than it had
     to."""
@@ -105,13 +109,14 @@ def main(argv: Sequence[str]) -> None:
             arguments.steps,
             arguments.images_per_video,
             read_mix(arguments.mix),
-            arguments.profile,
+            lambda flops: _judge(flops, arguments.profile, arguments.jitter),
         )
     ]
     print(table(outcomes))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "balance_simulation.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    plot(outcomes, arguments.out / "balance_simulation.png")
+    lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
+    (arguments.out / f"{arguments.name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    plot(outcomes, arguments.out / f"{arguments.name}.png")
 
 
 def simulate_preset(
@@ -120,7 +125,7 @@ def simulate_preset(
     steps: int,
     images_per_video: Sequence[float],
     mix: dict[str, float] | None,
-    profile: Path | None,
+    judge: Callable[[Costs], Costs] = lambda flops: flops,
 ) -> list[Outcome]:
     """All scenarios of one stage.
 
@@ -130,37 +135,40 @@ def simulate_preset(
         steps: simulated.
         images_per_video: ratios to try.
         mix: shares of the buckets of videos; None for equal lengths and ASPECT_SHARES.
-        profile: measured seconds, by which is dealt and judged.
+        judge: from costs in FLOPs to those by which replicas are compared, such as seconds.
 
     Raises:
-        UserError: the stage has no buckets of videos, or the mix or the profile does not fit them.
+        UserError: the stage has no buckets of videos, or the mix does not fit them.
     """
     buckets = list(config.data.buckets or [])
     videos = [name for name in buckets if not is_image(name)]
     if not videos:
         raise UserError(f"{config.run.stage}: data.buckets={buckets} holds no videos; there is nothing to balance")
     shares = mix_of(videos, mix)
-    costs = flops_of(config, buckets) if profile is None else read_profile(profile, buckets)
+    flops = flops_of(config, buckets)
+    costs = (flops, judge(flops))
     per_replica = max(1, config.data.global_batch_size // replicas)
     return [
         run_scenario(config, scenario, replicas, steps, ratio, shares, costs)
         for ratio in images_per_video
-        for scenario in scenarios(per_replica)
+        for scenario in scenarios(per_replica, costs[1].unit == "s")
     ]
 
 
-def scenarios(per_replica: int) -> list[Scenario]:
-    """Dealing with one batch of videos a replica, as the paper has it, and with single videos."""
+def scenarios(per_replica: int, with_seconds: bool = False) -> list[Scenario]:
+    """Dealing with one draw of videos a replica, as the paper has it, and with single videos."""
+    fine = "draws of equal cost, images one by one"
     rows = [
         Scenario(f"draws of {per_replica}, in turn", per_replica, coarse=False, by_cost=False),
         Scenario("draws of equal cost, in turn", per_replica, coarse=True, by_cost=False),
-        Scenario("draws of equal cost, images one by one", per_replica, coarse=True, by_cost=True),
+        Scenario(fine, per_replica, coarse=True, by_cost=True),
     ]
+    timed = Scenario(f"{fine}, by seconds", per_replica, coarse=True, by_cost=True, by_seconds=True)
     single = [
         Scenario("single videos, in turn", 1, coarse=False, by_cost=False),
         Scenario("single videos by cost, images one by one", 1, coarse=False, by_cost=True),
     ]
-    return rows if per_replica == 1 else rows + single
+    return [*(rows if per_replica > 1 else []), *([timed] if with_seconds else []), *single]
 
 
 def run_scenario(
@@ -170,31 +178,48 @@ def run_scenario(
     steps: int,
     images_per_video: float,
     shares: dict[str, float],
-    costs: Costs,
+    costs: tuple[Costs, Costs],
 ) -> Outcome:
-    """Plan and deal `steps` steps."""
-    plan = _plan(config, scenario, images_per_video, shares, costs)
+    """Plan and deal `steps` steps; `costs`: in FLOPs, and those by which replicas are compared."""
+    flops, judging = costs
+    plan = _plan(config, scenario, images_per_video, shares, judging if scenario.by_seconds else flops)
     loads, counts = [], []
     for step in range(steps):
         if scenario.by_cost:
             dealing = plan.dealing(step, replicas)
-            loads.append(dealing.loads)
+            loads.append(dealing.loads_by(judging))
             counts.append(dealing.micro_batches)
         else:
             batches = plan.step(step)
-            loads.append(loads_in_turn(batches, replicas, costs))
+            loads.append(loads_in_turn(batches, replicas, judging))
             counts.append(np.bincount(np.arange(len(batches)) % replicas, minlength=replicas))
     ratios = [float(load.max() / load.mean()) for load in loads]
     return Outcome(
         stage=config.run.stage,
         scenario=scenario.name,
         images_per_video=images_per_video,
+        judged_by=judging.unit,
         max_over_mean=round(float(np.mean(ratios)), 4),
         worst_step=round(max(ratios), 4),
         samples_per_step=round(plan.samples_per_step(), 1),
         micro_batches=(int(np.min(counts)), int(np.max(counts))),
         loads=_sorted_ratios(loads[0]),
     )
+
+
+def made_up_seconds(flops: Costs, jitter: float, overhead: float = 0.03) -> Costs:
+    """Seconds as a machine might have them: FLOPs at 32 % of eight times 989 TFLOP/s (the paper's MFU, a node of H800),
+    every bucket faster or slower by a random factor, and a fixed time for every micro-batch.
+
+    Args:
+        flops: costs in FLOPs.
+        jitter: standard deviation of the logarithm of the factors.
+        overhead: seconds of a micro-batch.
+    """
+    random = np.random.default_rng(0)
+    factors = {name: math.exp(jitter * random.standard_normal()) for name in sorted(flops.sample)}
+    seconds = {name: value / (0.32 * 8 * 989e12) * factors[name] for name, value in flops.sample.items()}
+    return Costs("s", seconds, dict.fromkeys(seconds, overhead))
 
 
 def _plan(
@@ -291,6 +316,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def _judge(flops: Costs, profile: Path | None, jitter: float) -> Costs:
+    if profile is not None:
+        return read_profile(profile, list(flops.sample))
+    return made_up_seconds(flops, jitter) if jitter else flops
+
+
 def _sorted_ratios(loads: Floats) -> list[float]:
     return [round(float(value), 4) for value in np.sort(loads / loads.mean())]
 
@@ -306,10 +337,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, default=375, help="data-parallel replicas")
     parser.add_argument("--steps", type=int, default=50, help="steps that are simulated")
     parser.add_argument(
-        "--images-per-video", type=float, nargs="+", default=[0.0, 0.25, 1.0, 2.0], help="ratios to try; 0: videos only"
+        "--images-per-video", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.9], help="ratios to try; 0: videos only"
     )
     parser.add_argument("--mix", type=Path, help="YAML file of shares of the buckets of videos")
-    parser.add_argument("--profile", type=Path, help="file of measured seconds (data.cost_profile)")
+    parser.add_argument("--profile", type=Path, help="compare replicas by measured seconds (data.cost_profile)")
+    parser.add_argument(
+        "--jitter",
+        type=float,
+        default=0.0,
+        help="compare by made-up seconds: spread of the buckets' speeds, such as 0.1",
+    )
+    parser.add_argument("--name", default="balance_simulation", help="of the JSON file and the plot")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the JSON file and the plot")
     parser.add_argument("overrides", nargs="*", default=[], help="group.field=value")
     return parser

@@ -19,7 +19,7 @@ from training.config import PRESET_DIR, DataConfig, PretrainConfig
 from training.data_plan import BatchSizes, DataPlan
 from training.run_plan import automatic_sizes, dealing_costs
 from training.sample_groups import GroupKey, ListedGroup, SampleGroup
-from training.simulate_balance import flops_of, main, mix_of, run_scenario, scenarios
+from training.simulate_balance import flops_of, made_up_seconds, main, mix_of, run_scenario, scenarios
 
 LONG, SHORT, IMAGE = "34x48x48", "17x48x48", "1x48x48"
 COSTS = Costs.of_flops({LONG: 100.0, SHORT: 40.0, IMAGE: 3.0})
@@ -169,16 +169,19 @@ def test_equation_12_gives_the_sizes_of_the_paper() -> None:
     assert sizes == {"a": 4, "b": 4, "c": 6, "d": 6, "e": 13, "f": 14, "g": 152}
 
 
-@pytest.mark.parametrize("mean", [2, 4, 8])
-def test_alpha_keeps_the_mean_size(mean: int) -> None:
-    buckets = ["68x192x320", "136x192x320", "204x192x320"]
-    flops = {n: float(training_flops(48, 6144, 240 * 3 * int(n.split("x")[0]) // 17)) for n in buckets}
-    shares = {name: 2.0 for name in buckets}
+@pytest.mark.parametrize("mean", [2, 3, 4, 8])
+@pytest.mark.parametrize("mix", [(1, 1, 1), (6, 3, 1), (2, 3, 5), (1, 2, 7)])
+def test_alpha_is_for_equal_cost_and_the_mean_size(mean: int, mix: tuple[int, int, int]) -> None:
+    # Tokens of 544 x 992 pixels.
+    flops = {f"{n}x544x992": float(training_flops(48, 6144, 2108 * 3 * n // 17)) for n in (68, 136, 204)}
+    shares = dict(zip(flops, mix, strict=True))
     sizes, alpha = coarse_sizes(flops, shares, mean)
     assert alpha >= 1
-    found = sum(shares.values()) / sum(shares[name] / sizes[name] for name in buckets)
-    assert found == pytest.approx(mean, rel=0.15)
-    assert all(sizes[name] == max(1, int(mean * max(flops.values()) / alpha / flops[name] + 1e-9)) for name in buckets)
+    assert all(sizes[name] == max(1, int(mean * max(flops.values()) / alpha / flops[name] + 1e-9)) for name in flops)
+    found = sum(mix) / sum(share / sizes[name] for name, share in shares.items())
+    assert 0.65 < found / mean < 1.5
+    mean_cost = found * sum(share * flops[name] for name, share in shares.items()) / sum(mix)
+    assert max(sizes[name] * flops[name] for name in flops) / mean_cost < 1.07
 
 
 def test_automatic_micro_batches_are_bounded_by_the_longest_sample() -> None:
@@ -254,15 +257,39 @@ def test_presets_of_the_paper_are_even_on_375_replicas(preset: str) -> None:
     config = load_config(PretrainConfig, preset, [], PRESET_DIR)
     buckets = list(config.data.buckets or [])
     shares = mix_of([name for name in buckets if not name.startswith("1x")], None)
+    flops = flops_of(config, buckets)
     found = {}
     for scenario in scenarios(config.data.global_batch_size // 375)[:3]:
         for images in (1.0, 1.9):
-            outcome = run_scenario(config, scenario, 375, 2, images, shares, flops_of(config, buckets))
+            outcome = run_scenario(config, scenario, 375, 2, images, shares, (flops, flops))
             found[scenario.name, images] = outcome.worst_step
     names = list(dict.fromkeys(name for name, _ in found))
     for images, limit in ((1.0, 1.03), (1.9, 1.015)):
         in_turn, coarse, fine = (found[name, images] for name in names)
         assert fine <= limit < coarse < 1.1 < 2 < in_turn
+
+
+@pytest.mark.parametrize("lengths", [(6, 3, 1), (5, 3, 2), (2, 3, 5), (1, 2, 7)])
+def test_other_mixes_of_lengths_are_even_too(lengths: tuple[int, int, int]) -> None:
+    config = load_config(PretrainConfig, "step_video_30b_t2vi_540_s1", [], PRESET_DIR)
+    videos = [name for name in config.data.buckets or [] if not name.startswith("1x")]
+    weights = dict(zip(("68", "136", "204"), lengths, strict=True))
+    equal = mix_of(videos, None)
+    shares = mix_of(videos, {name: equal[name] * weights[name.split("x")[0]] for name in videos})
+    flops = flops_of(config, list(config.data.buckets or []))
+    fine = scenarios(2)[2]
+    assert run_scenario(config, fine, 375, 2, 1.9, shares, (flops, flops)).worst_step < 1.03
+
+
+def test_seconds_even_out_what_flops_do_not_know() -> None:
+    config = load_config(PretrainConfig, "step_video_30b_t2vi_192_s1", [], PRESET_DIR)
+    buckets = list(config.data.buckets or [])
+    shares = mix_of([name for name in buckets if not name.startswith("1x")], None)
+    flops = flops_of(config, buckets)
+    costs = (flops, made_up_seconds(flops, 0.1))
+    _, _, by_flops, by_seconds = scenarios(4, with_seconds=True)[:4]
+    found = [run_scenario(config, way, 375, 2, 1.9, shares, costs).max_over_mean for way in (by_flops, by_seconds)]
+    assert found[1] < 1.03 < 1.06 < found[0]
 
 
 def test_simulation_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
