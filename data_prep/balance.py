@@ -2,8 +2,8 @@
 
 Embeddings come from a file (NAME.npy with NAME.ids.txt, or Parquet with clip_id and embedding) or from a local CLIP
 model. Filled are cluster, cluster_count (clips in the cluster before anything is removed), center_similarity, weight
-and duplicate_of. Dropped are clips that are far from their centre and alone there, and near-duplicates of a better clip:
-by cosine inside a cluster, and by perceptual hash anywhere.
+and duplicate_of. Dropped are clips that are alone and far from their centre, and near-duplicates of a better clip: by
+cosine inside a cluster, and by perceptual hash anywhere.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ character that it lacks (an emoji) is drawn as a question mark.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_video.errors import UserError
+from megatron_video.files import write_atomically
 
 Image = npt.NDArray[np.uint8]
 
@@ -132,6 +132,4 @@ def _write_png(image: Image, path: Path) -> None:
     encoded, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not encoded:
         raise UserError(f"contact sheet {path}: {image.shape[1]} x {image.shape[0]} pixels cannot be written as PNG")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data.tobytes())
-    os.replace(temporary, path)
+    write_atomically(path, data.tobytes())

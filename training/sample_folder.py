@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import FileWriter
 
 from megatron_video.contact_sheet import write_contact_sheet
 from megatron_video.errors import UserError
+from megatron_video.files import appearing, write_atomically
 from megatron_video.video_io import read_frames, write_mp4
 from training.sample_prompts import Prompt
 
@@ -178,12 +178,9 @@ def _identity(prompt: Prompt) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, text.encode())
 
 
 def _write_image(path: Path, pixels: Frames) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(pixels).save(temporary, "PNG")
-    os.replace(temporary, path)
+    with appearing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG")

@@ -25,6 +25,7 @@ from training.vae_updater import Updater
 POINTER = "checkpoint.json"
 FOLDER = "checkpoint"
 STATE_FILE = "run.pt"
+CONFIG_FILE = "train_config.yaml"
 # What may differ between a run and its continuation.
 FREE_FIELDS = ("output", "log_every", "evaluate_every", "save_every", "cache_gib", "device", "evaluate_first")
 
@@ -93,6 +94,19 @@ def find_run(output: Path, device: torch.device) -> SavedRun | None:
     except Exception as error:
         raise UserError(f"{pointer} names no readable checkpoint ({error}); remove it to start anew") from None
     return SavedRun(folder, state)
+
+
+def refuse_other_folder(output: Path) -> None:
+    """Begin a run only where it overwrites no model that is not its own.
+
+    Raises:
+        UserError: a Video-VAE lies there, and no run that made it.
+    """
+    if (output / "model.safetensors").exists() and not (output / CONFIG_FILE).exists():
+        raise UserError(
+            f"output={output} holds a Video-VAE that was not trained there and would be overwritten; name another "
+            "folder (initial_weights may name this one)"
+        )
 
 
 def refuse_other_settings(saved: SavedRun, config: dict[str, Any], layout: str) -> None:

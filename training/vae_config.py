@@ -82,6 +82,8 @@ class PerceptualConfig:
 
     def __post_init__(self) -> None:
         """Refuse a loss without its weights."""
+        if not self.weight >= 0:
+            raise ValueError(f"perceptual.weight={self.weight:g} must not be negative")
         if self.weight and (self.vgg is None or self.heads is None):
             raise ValueError(
                 f"perceptual.weight={self.weight:g} needs perceptual.vgg={self.vgg} and perceptual.heads={self.heads}"
@@ -115,6 +117,11 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes of nothing."""
+        if not self.weight >= 0 or not self.learning_rate > 0:
+            raise ValueError(
+                f"adversarial.weight={self.weight:g} must not be negative, "
+                f"adversarial.learning_rate={self.learning_rate:g} must be above 0"
+            )
         for name in ("patience", "channels", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"adversarial.{name}={getattr(self, name)} must be at least 1")
@@ -196,6 +203,7 @@ class VAETrainConfig:
         """Refuse contradictions by name."""
         if not self.stages:
             raise ValueError("stages is empty; name at least one")
+        self._check_numbers()
         if min(self.log_every, self.evaluate_every, self.save_every) < 1:
             raise ValueError("log_every, evaluate_every and save_every must be at least 1")
         if not 0 < self.held_out_share < 1 or self.max_held_out < 1:
@@ -212,6 +220,19 @@ class VAETrainConfig:
             small = [b.name for b in parsed if stage.crop and stage.crop > min(b.height, b.width)]
             if small:
                 raise ValueError(f"crop={stage.crop} of a stage is larger than bucket {small[0]}")
+
+    def _check_numbers(self) -> None:
+        for name in ("learning_rate", "clip_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        weights = ("l1_weight", "mse_weight", "kl_weight", "weight_decay")
+        for name in (*weights, "min_learning_rate", "warmup_steps", "cache_gib", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
 
     def _check_phases(self) -> None:
         order = {("base", "all"): 0, ("dual_path", "dual_path"): 1, ("dual_path", "middle"): 2, ("dual_path", "all"): 3}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_video.buckets import Bucket, parse_bucket
 from megatron_video.contact_sheet import write_contact_sheet
+from megatron_video.files import appearing
 from megatron_video.generation import to_pixels
 from megatron_video.noise import NoiseSource
 from megatron_video.vae import VideoVAE, sample_posterior
@@ -31,6 +31,7 @@ from training.vae_clips import Frames
 SHOWN_CLIPS = 3
 SHOWN_FRAMES = 5
 SHOWN_FPS = 12.0
+SHOWN_HEIGHT = 96
 BEFORE = "before.json"
 BEFORE_FRAMES = "before.npz"
 
@@ -144,7 +145,9 @@ def write_reconstructions(
             )
             caption = f"{bucket.name} no. {number}: {rows_are} ({after.psnr:.1f} dB, {after.ssim:.2f})"
             rows.append((caption, np.concatenate(parts, axis=1)))
-    write_contact_sheet(rows, path, columns=SHOWN_FRAMES, scale=max(1, round(192 / rows[0][1].shape[1])))
+    # By the height of one picture, of which an entry has two or three.
+    factor = max(1, round(SHOWN_HEIGHT / min(picture.original.shape[1] for picture in pictures)))
+    write_contact_sheet(rows, path, columns=SHOWN_FRAMES, scale=factor)
 
 
 def write_before(folder: Path, held_out: HeldOut, pictures: list[Reconstruction]) -> None:
@@ -153,9 +156,8 @@ def write_before(folder: Path, held_out: HeldOut, pictures: list[Reconstruction]
     arrays = {
         f"{number}_{part}": getattr(p, part) for number, p in enumerate(shown) for part in ("original", "decoded")
     }
-    temporary = folder / ".before.tmp.npz"
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, folder / BEFORE_FRAMES)
+    with appearing(folder / BEFORE_FRAMES) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
     clips = [{"bucket": p.bucket.name, "psnr": p.psnr, "ssim": p.ssim} for p in shown]
     write_json(folder / BEFORE, {"held_out": asdict(held_out), "clips": clips})
 

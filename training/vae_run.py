@@ -16,7 +16,7 @@ from megatron_video.vae.base import latent_shape
 from training.discriminator import Adversary, has_converged
 from training.perceptual import load_lpips, video_lpips
 from training.telemetry import record_life
-from training.vae_checkpoint import find_run, refuse_other_settings, save_run
+from training.vae_checkpoint import CONFIG_FILE, POINTER, find_run, refuse_other_folder, refuse_other_settings, save_run
 from training.vae_clips import TrainingClips
 from training.vae_config import VAEStage, VAETrainConfig
 from training.vae_phases import first_model, freeze, next_model, whole_copy
@@ -53,7 +53,7 @@ class VAERun:
         self._start_or_resume()
         if self.ranks.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "train_config.yaml")
+            save_config(config, self.folder / CONFIG_FILE)
             record_life(self.folder, self.step)
 
     def describe(self) -> list[str]:
@@ -133,6 +133,7 @@ class VAERun:
     def _start_or_resume(self) -> None:
         saved = find_run(self.folder, self.ranks.device)
         if saved is None:
+            refuse_other_folder(self.folder)
             first = self.config.stages[0]
             self._train(first_model(self.config, first.kind), first)
             return
@@ -197,9 +198,10 @@ class VAERun:
 
     def _checked(self, values: dict[str, float]) -> dict[str, float]:
         if not is_finite(*values.values()):
+            saved = (self.folder / POINTER).is_file()
+            kept = f"the checkpoint in {self.folder} is sound" if saved else "no checkpoint had been written yet"
             raise UserError(
-                f"step {self.step + 1} gave {values}: lower learning_rate={self.config.learning_rate:g}; "
-                f"the last checkpoint in {self.folder} is sound"
+                f"step {self.step + 1} gave {values}: lower learning_rate={self.config.learning_rate:g}; {kept}"
             )
         return values
 

@@ -116,6 +116,13 @@ def test_batches_follow_stage_and_step_and_leave_held_out_clips_alone(manifest: 
         ({"stages": [{"steps": 1, "frames": 1, "crop": 48}]}, "crop=48 of a stage is larger than bucket"),
         ({"buckets": ["17x30x32"]}, "30"),
         ({"learnig_rate": 1.0}, "did you mean 'learning_rate'"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1.0 must be above 0"),
+        ({"learning_rate": 1e-9}, r"min_learning_rate=.* is above learning_rate=1e-09"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
+        ({"betas": [0.9, 1.0]}, "betas=.* must lie in"),
+        ({"adversarial": {"weight": -1.0}}, "adversarial.weight=-1 must not be negative"),
+        ({"perceptual": {"weight": -1.0}}, "perceptual.weight=-1 must not be negative"),
     ],
 )
 def test_impossible_configurations_are_refused(manifest: Path, changes: dict[str, Any], message: str) -> None:
@@ -139,8 +146,15 @@ def test_two_runs_on_one_output_are_refused(manifest: Path, tmp_path: Path) -> N
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_video_vae_of_another_origin_is_not_overwritten(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"released")
+    with pytest.raises(UserError, match="holds a Video-VAE that was not trained there"):
+        train_vae.train(vae_config(manifest, tmp_path))
+    assert (tmp_path / "model.safetensors").read_bytes() == b"released"
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"step [0-9] gave .*lower learning_rate"):
+    with pytest.raises(UserError, match=r"step [0-9] gave .*lower learning_rate=1e\+30; no checkpoint had"):
         train_vae.train(vae_config(manifest, tmp_path, learning_rate=1e30, evaluate_first=False))
 
 
