@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from megatron_video.config_io import config_dataclass, load_config
 from megatron_video.errors import UserError
 
@@ -57,13 +60,15 @@ class Rule:
     """For columns of text: regular expression (RE2) of what is not kept."""
     media: Literal["all", "videos", "images"] = "all"
     """What the rule is for."""
-    missing: Literal["error", "keep", "drop"] = "error"
-    """What becomes of clips that have no value (skipped models, stages not run)."""
+    missing: Literal["error", "keep", "drop"] | None = None
+    """What becomes of clips that have no value (skipped models, stages not run); default: error, and keep for text,
+    which is lacking where a file does not say it."""
 
     def __post_init__(self) -> None:
         if self.tag in get_args(TextTag):
             if self.exclude is None or self.min is not None or self.max is not None:
                 raise ValueError(f"rule for {self.tag}: a column of text takes `exclude`, and neither min nor max")
+            _check_pattern(self.tag, self.exclude)
             return
         if self.exclude is not None:
             raise ValueError(f"rule for {self.tag}: `exclude` is for columns of text; a number takes min and max")
@@ -71,6 +76,11 @@ class Rule:
             raise ValueError(f"rule for {self.tag}: neither min nor max is given")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"rule for {self.tag}: min={self.min} is above max={self.max}")
+
+    @property
+    def on_missing(self) -> Literal["error", "keep", "drop"]:
+        """`missing`, or its default."""
+        return self.missing or ("error" if self.exclude is None else "keep")
 
     @property
     def bounds(self) -> str:
@@ -84,6 +94,13 @@ class Rule:
     def name(self) -> str:
         """Tag, bounds and what it is for."""
         return f"{self.tag} {self.bounds}" + ("" if self.media == "all" else f" ({self.media})")
+
+
+def _check_pattern(tag: str, pattern: str) -> None:
+    try:
+        pc.match_substring_regex(pa.array([], pa.string()), pattern)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"rule for {tag}: exclude={pattern!r} is no regular expression: {error}") from None
 
 
 @config_dataclass

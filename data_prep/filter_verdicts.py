@@ -93,7 +93,8 @@ def _concerned(rule: Rule, kept: np.ndarray, images: np.ndarray) -> np.ndarray:
 def _fails(table: pa.Table, rule: Rule, concerned: np.ndarray) -> np.ndarray:
     if rule.exclude is not None:
         lacking = table[rule.tag].is_null().to_numpy(zero_copy_only=False)
-        fails = _matches(table[rule.tag], rule)
+        found = pc.match_substring_regex(table[rule.tag], rule.exclude)
+        fails = pc.fill_null(found, False).to_numpy(zero_copy_only=False)
     else:
         values = numbers(table, rule.tag)
         # A score that is not a number would pass every comparison.
@@ -104,19 +105,11 @@ def _fails(table: pa.Table, rule: Rule, concerned: np.ndarray) -> np.ndarray:
         if rule.max is not None:
             fails |= values > rule.max
     _refuse_untagged(table, rule, concerned & lacking)
-    return (fails | lacking if rule.missing == "drop" else fails & ~lacking) & concerned
-
-
-def _matches(column: pa.ChunkedArray, rule: Rule) -> np.ndarray:
-    try:
-        found = pc.match_substring_regex(column, rule.exclude)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"rule for {rule.tag}: exclude={rule.exclude!r} is no regular expression: {error}") from None
-    return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
+    return (fails | lacking if rule.on_missing == "drop" else fails & ~lacking) & concerned
 
 
 def _refuse_untagged(table: pa.Table, rule: Rule, untagged: np.ndarray) -> None:
-    if rule.missing == "error" and untagged.any():
+    if rule.on_missing == "error" and untagged.any():
         example = table["source"][int(untagged.argmax())]
         raise UserError(
             f"clips without {rule.tag}, such as {example}; run `megatron-video data tag` first (with --models for "

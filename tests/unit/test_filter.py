@@ -200,6 +200,14 @@ def test_a_missing_value_is_an_error_or_what_the_rule_says(tmp_path: Path, value
     assert not [path for path in tmp_path.iterdir() if "error" in path.name and "lock" not in path.name]
 
 
+def test_text_that_a_file_does_not_say_matches_nothing(tmp_path: Path) -> None:
+    transfers = [None, "bt709", "smpte2084"]
+    source = written(tmp_path / "in.parquet", [{"source": f"{name}.mp4", "color_transfer": name} for name in transfers])
+    rule = {"tag": "color_transfer", "exclude": "smpte2084|arib"}
+    filter_stage.run(source, tmp_path / "out.parquet", rules_file(tmp_path / "r.yaml", {"rules": [rule]}))
+    assert read_manifest(tmp_path / "out.parquet")["dropped_by"].to_pylist() == [None, None, "filter"]
+
+
 @pytest.mark.parametrize(
     ("rules", "complaint"),
     [

@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Iterator[Path]:
+def recipe(tmp_path: Path) -> Path:
     (tmp_path / "rules.yaml").write_text("rules: [{tag: brightness, min: 124}]")
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
