@@ -34,8 +34,8 @@ class DataConfig:
     """Samples of one forward pass on one replica."""
     bucket_micro_batch_sizes: dict[str, int] | Literal["auto"] = field(default_factory=dict)
     """Other micro-batch sizes for single buckets, so that small and large samples cost alike. auto: draws of about
-    equal FLOPs (arXiv 2502.10248, Eq. 12) with draw_size samples on average (to within 15 %), each given to one replica
-    and cut into micro-batches of at most as many tokens as micro_batch_size of the longest samples have."""
+    equal FLOPs (arXiv 2502.10248, Eq. 12) with about draw_size samples on average (a run prints how many), each given
+    to one replica and cut into micro-batches of at most as many tokens as micro_batch_size of the longest samples."""
     global_batch_size: int = 1
     """Samples of one optimizer step over all replicas and accumulated micro-batches, counted at micro_batch_size;
     without those of images_per_video."""
