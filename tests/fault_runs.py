@@ -67,9 +67,9 @@ def run(
 
 
 def run_without_launcher(
-    folder: Path, name: str, *overrides: str, faults: list[dict[str, Any]], timeout: float = 120
+    folder: Path, name: str, *overrides: str, faults: list[dict[str, Any]], count: int = 2, timeout: float = 240
 ) -> list[tuple[int, str]]:
-    """Two ranks that nobody ends when one of them fails; exit code and output of each.
+    """Ranks that nobody ends when one of them fails; exit code and output of each.
 
     A rank that is still there `timeout` seconds later, or stopped when all others have left, is killed.
     """
@@ -79,7 +79,7 @@ def run_without_launcher(
     arguments = command(folder, name, *overrides)
     arguments = [sys.executable, *arguments[arguments.index(str(SCRIPT)) :]]
     shared = environment(folder / name, faults) | {
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
@@ -91,7 +91,7 @@ def run_without_launcher(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     deadline = time.monotonic() + timeout
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:

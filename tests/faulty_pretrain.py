@@ -3,11 +3,13 @@
 FAULTS, in the environment, is a JSON list of objects: `kind` (a name of KINDS), `rank` (null for all), `step` (data
 step, from 0, whose batch is being built when it strikes), `last` (last such step, for kinds that strike again and
 again; without it the fault strikes once in the whole run, over all restarts) and the kind's own values. Product code
-knows nothing of it. The kind `slow_forward` needs no step: `rank`'s forward passes take `seconds` more.
+knows nothing of it. The kind `slow_forward` needs no step: `rank`'s forward passes `after` so many
+take `seconds` more.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -52,12 +54,13 @@ def _scaled(batch: Batch, factor: float) -> Batch:
 KINDS: dict[str, Callable[[StepData, Fault], StepData]] = {"sleep": sleep, "send": send, "scale": scale}
 
 
-def slow_down_forward(seconds: float) -> None:
-    """Every forward pass of this rank takes `seconds` more."""
-    forward = train_step.forward_step
+def slow_down_forward(seconds: float, after: int = 0) -> None:
+    """Every forward pass of this rank, or every one `after` so many, takes `seconds` more."""
+    forward, passes = train_step.forward_step, itertools.count()
 
     def forward_slowly(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(seconds)
+        if next(passes) >= after:
+            time.sleep(seconds)
         return forward(*args, **kwargs)
 
     train_step.forward_step = forward_slowly
@@ -81,7 +84,7 @@ def strikes(fault: Fault, step: int) -> bool:
 def plant(faults: list[Fault]) -> None:
     for fault in faults:
         if fault["kind"] == "slow_forward" and fault["rank"] == int(os.environ["RANK"]):
-            slow_down_forward(fault["seconds"])
+            slow_down_forward(fault["seconds"], fault.get("after", 0))
     faults = [fault for fault in faults if fault["kind"] in KINDS]
     build = StepBatches.__getitem__
 

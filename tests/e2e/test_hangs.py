@@ -71,6 +71,27 @@ def test_a_stopped_rank_is_named_by_the_others(folder: Path) -> None:
 
 
 @pytest.mark.heavy
+def test_in_tensor_and_data_parallel_groups_the_rank_that_holds_all_others_up_is_named(folder: Path) -> None:
+    # Rank 2 stops in a forward pass; 3 waits for it in a layer, 0 and 1 in the reduction over replicas.
+    stuck = {"kind": "slow_forward", "rank": 2, "after": 12, "seconds": 1000}
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    codes = run_without_launcher(folder, "groups", *LIMITS, *layout, faults=[stuck], count=4)
+    assert [code for code, _ in codes] == [HANG_EXIT_CODE] * 4, codes
+    culprit = only_culprit(folder / "groups")
+    assert (culprit["rank"], culprit["coordinates"]) == (2, {"tp": 0, "cp": 0, "dp": 1, "pp": 0})
+    assert "forward_slowly" in culprit["why"]
+
+
+@pytest.mark.heavy
+def test_a_pipeline_stage_that_holds_the_other_up_is_named(folder: Path) -> None:
+    stuck = {"kind": "slow_forward", "rank": 1, "after": 12, "seconds": 1000}
+    layout = ["parallel.pipeline_model_parallel_size=2"]
+    codes = run_without_launcher(folder, "stages", *LIMITS, *layout, faults=[stuck])
+    assert [code for code, _ in codes] == [HANG_EXIT_CODE] * 2, codes
+    assert only_culprit(folder / "stages")["rank"] == 1
+
+
+@pytest.mark.heavy
 def test_the_launcher_restarts_a_hung_job(folder: Path) -> None:
     sleeping = {"kind": "sleep", "rank": 1, "step": STEP, "seconds": 1000}
     launch = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
