@@ -15,8 +15,10 @@ from training.averaged_weights import averaged_weights
 from training.config import PretrainConfig
 from training.data import BatchBuilder
 from training.data_set import TrainingData
+from training.events import read_events
 from training.held_out import check_held_out
-from training.sample_videos import SampleVideos
+from training.run_tail import RunTail
+from training.sample_videos import SampleVideos, decided_by_rank_0
 from training.telemetry import Stopwatch
 from training.validation import Validation, ValidationLosses
 
@@ -64,16 +66,30 @@ class Checkups:
 
     def are_due(self, step: int) -> bool:
         """Whether anything is to be done after `step`, counted from 1."""
-        last = self.config.training.steps
-        return self.config.validation.is_due(step, last) or self.config.samples.is_due(step, last)
+        return bool(self._due(step))
 
     def run(self, trainer: Trainer, loss: float) -> None:
         """Do what is due after the step just done, whose loss tells its weights from those of another attempt at it."""
-        step, last = trainer.state.step, self.config.training.steps
-        trainer.phases.enter("validation", step)
-        if self.validation is not None and self.config.validation.is_due(step, last):
+        self._do(trainer, self._due(trainer.state.step), loss)
+
+    def make_up(self, trainer: Trainer) -> None:
+        """Do what the life before was stopped in, or before, if this one begins right behind that step."""
+        step, folder = trainer.state.step, Path(self.config.run.output_dir)
+        due = self._due(step) if step else set()
+        if due:
+            missing, loss = decided_by_rank_0(lambda: _left_undone(folder, step, due))
+            self._do(trainer, missing, loss)
+
+    def _due(self, step: int) -> set[str]:
+        last, validation, samples = self.config.training.steps, self.config.validation, self.config.samples
+        due = {"validation": validation.is_due(step, last), "samples": samples.is_due(step, last)}
+        return {kind for kind, is_due in due.items() if is_due}
+
+    def _do(self, trainer: Trainer, kinds: set[str], loss: float) -> None:
+        trainer.phases.enter("validation", trainer.state.step)
+        if self.validation is not None and "validation" in kinds:
             self._validate(trainer, self.validation)
-        if self.samples is not None and self.config.samples.is_due(step, last):
+        if self.samples is not None and "samples" in kinds:
             self._sample(trainer, self.samples, loss)
 
     def _validate(self, trainer: Trainer, validation: Validation) -> None:
@@ -136,6 +152,15 @@ def open_validation(config: PretrainConfig, data: TrainingData, builder: BatchBu
     if refusal[0] is not None:
         raise UserError(refusal[0])
     return Validation(settings, held_out, builder)
+
+
+def _left_undone(folder: Path, step: int, due: set[str]) -> tuple[set[str], float]:
+    """Which of the `due` have no record after `step`, and the loss of that step."""
+    done = {event["event"] for event in read_events(folder, *due) if event["step"] == step}
+    tail = RunTail(folder)
+    tail.read()
+    losses = [line["loss"] for line in tail.steps if line["step"] == step]
+    return due - done, losses[-1] if losses else float("nan")
 
 
 def _check_same_encoding(held_out: TrainingData, data: TrainingData) -> None:

@@ -59,6 +59,7 @@ def run_steps(trainer: Trainer) -> str:
     state, phases = trainer.state, trainer.phases
     if state.step == 0 and trainer.config.training.save_initial:
         trainer.save()
+    trainer.checkups.make_up(trainer)
     steps = trainer.steps_from_here()
     watch = Stopwatch()
     while not trainer.finished:

@@ -1,7 +1,7 @@
 """Sample videos during training, in the run's own layout: every rank takes part, nothing is loaded twice.
 
 `<run>/samples/step_00001000/` holds an mp4 (PNG for images) and a contact sheet for every prompt; TensorBoard shows
-them as moving pictures. What a life was interrupted in, the next one completes when it comes to the same step again.
+them as moving pictures. A set in which a life was interrupted is completed by the next one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SampleVideos:
             weights: tells these weights from others of the same step; kept with the samples.
         """
         settings = {"step": step, "weights": weights, "vae": self.vae_fingerprint, **self._settings()}
-        path, missing = _decided_by_rank_0(lambda: self._next_folder(settings))
+        path, missing = decided_by_rank_0(lambda: self._next_folder(settings))
         folder = self._open(path, settings)
         # Nobody may find the folder half made.
         dist.barrier()
@@ -146,7 +146,7 @@ class SampleVideos:
 
     def _check_vae(self, wanted: str) -> str:
         assert self.config.vae is not None
-        found: str = _decided_by_rank_0(lambda: _vae_fingerprint(Path(str(self.config.vae))))
+        found: str = decided_by_rank_0(lambda: _vae_fingerprint(Path(str(self.config.vae))))
         if found != wanted:
             raise UserError(
                 f"samples.vae={self.config.vae} is not the VAE that data.shards were encoded with ({found}, the shards "
@@ -180,7 +180,7 @@ def _writes() -> bool:
     )
 
 
-def _decided_by_rank_0(decide: Any) -> Any:
+def decided_by_rank_0(decide: Any) -> Any:
     """On a shared file system other ranks may see other files, and then wait for each other forever."""
     box = [decide() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
