@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,30 @@ def test_the_encoders_are_needed_once(run: Path, folder: Path) -> None:
         (folder / "elsewhere").rename(folder / "text")
     assert (run / "samples" / f"step_{STEPS + 1:08d}" / "contact_sheet.png").is_file()
     assert (place / "00000.mp4").stat().st_mtime_ns == before
+
+
+def test_the_next_life_makes_up_for_what_a_kill_cut_off(run: Path, folder: Path) -> None:
+    """As if killed while the second of three samples was made, after the last step and its checkpoint."""
+    cut = folder / "cut"
+    shutil.copytree(run, cut, ignore=shutil.ignore_patterns("step_00000005"))
+    (cut / "checkpoints" / "latest").write_text(f"step_{STEPS:08d}\n")
+    lines = (cut / "events.jsonl").read_text().splitlines(keepends=True)
+    is_cut = [json.loads(line)["event"] in ("validation", "samples") for line in lines]
+    (cut / "events.jsonl").write_text("".join(line for line, gone in zip(lines, is_cut, strict=True) if not gone))
+    samples = cut / "samples" / f"step_{STEPS:08d}"
+    for name in ("00001.mp4", "00002.mp4", "contact_sheet.png"):
+        (samples / name).unlink()
+    before = (samples / "00000.mp4").stat().st_mtime_ns
+    assert run_training(configuration(folder, "cut")) == 0
+    assert (samples / "contact_sheet.png").is_file()
+    assert (samples / "00000.mp4").stat().st_mtime_ns == before
+    for ours, first in zip(sheets(samples), sheets(run / "samples" / samples.name), strict=True):
+        assert np.abs(ours - first).max() <= ROUNDING
+    (again,) = events(cut, "validation")
+    assert again["losses"] == next(event for event in events(run, "validation") if event["step"] == STEPS)["losses"]
+    # And only once.
+    assert run_training(configuration(folder, "cut")) == 0
+    assert len(events(cut, "validation")) == len(events(cut, "samples")) == 1
 
 
 @pytest.mark.parametrize(
