@@ -8,6 +8,7 @@ One file: magic, place and length of the header, then sections that begin at who
     tokens   [samples, 1 + kinds]: Step-LLM tokens of the first caption, and of the caption of every kind (0: has none)
     shards   file names
     weights  class by class the running sum of the samples' weights; empty where all weigh 1
+    marks    of every class the running sum at the end of each BLOCK of samples, by which the block is found
     runs     [2, runs]: for every class (one bucket, one subset) its runs of neighbouring samples, as first place in
              the class and first sample
 """
@@ -33,6 +34,8 @@ MAP_FILE = "index.map"
 MAGIC = b"MVINDEX1"
 START = struct.Struct("<8sqq")
 """Magic, offset and length of the header."""
+BLOCK = 512
+"""Running sums that are read at once: one page."""
 WEIGHT_UNIT = 1 << 16
 """Weights are whole multiples of 1 / WEIGHT_UNIT, so that sums of a billion of them are exact."""
 
@@ -69,8 +72,8 @@ class IndexClass:
     rows: int
     runs: tuple[int, int]
     """First run and number of runs, in the section of runs."""
-    weights: int | None
-    """Place of its running sum in the section of weights; None: every sample weighs 1."""
+    weights: tuple[int, int] | None
+    """Its first running sum in the section of weights, and its first mark; None: every sample weighs 1."""
 
 
 def record_dtype(key_width: int) -> np.dtype[np.void]:
@@ -100,15 +103,18 @@ def weight_units(weights: npt.NDArray[np.float64]) -> Integers:
 
 
 class ClassRows:
-    """The samples of one class by their place in it; three arrays that are mapped, none that is read."""
+    """The samples of one class by their place in it; little is mapped, and nothing is kept of what is read."""
 
-    def __init__(self, first_places: Integers, first_rows: Integers, rows: int, weight_ends: Integers | None) -> None:
-        self._first_places, self._first_rows, self._rows = first_places, first_rows, rows
-        self._weight_ends = weight_ends
+    def __init__(self, index: MappedIndex, entry: IndexClass) -> None:
+        self._index, self._entry = index, entry
+        self._first_places, self._first_rows = index.section("runs")[:, entry.runs[0] : sum(entry.runs)]
+        self._marks: Integers | None = None
+        if entry.weights is not None:
+            self._marks = index.section("marks")[entry.weights[1] : entry.weights[1] + -(-entry.rows // BLOCK)]
 
     def __len__(self) -> int:
         """Number of samples."""
-        return self._rows
+        return self._entry.rows
 
     def __getitem__(self, places: Integers) -> Integers:
         """Rows of the index, [n], at `places`, [n]."""
@@ -118,13 +124,19 @@ class ClassRows:
     @property
     def total_weight(self) -> int | None:
         """Sum of the weights in units of 1 / WEIGHT_UNIT; None where every sample weighs 1."""
-        return None if self._weight_ends is None else int(self._weight_ends[-1])
+        return None if self._marks is None else int(self._marks[-1])
 
     def locate(self, units: Integers) -> Integers:
         """Places whose share of the running sum of weights holds `units`."""
-        if self._weight_ends is None:
+        if self._marks is None or self._entry.weights is None:
             return units // WEIGHT_UNIT
-        return np.searchsorted(self._weight_ends, units, side="right").astype(np.int64)
+        first = self._entry.weights[0]
+        places, blocks = np.empty(len(units), np.int64), np.searchsorted(self._marks, units, side="right")
+        for number, (unit, block) in enumerate(zip(units.tolist(), blocks.tolist(), strict=True)):
+            count = min(BLOCK, self._entry.rows - block * BLOCK)
+            sums = self._index.weight_sums(first + block * BLOCK, count)
+            places[number] = block * BLOCK + sums.searchsorted(unit, side="right")
+        return places
 
 
 class MappedIndex:
@@ -146,7 +158,10 @@ class MappedIndex:
         self.rows: int = self.header["rows"]
         self.fingerprint: str = self.header["fingerprint"]
         """Digest of all keys in order."""
-        self.classes = [IndexClass(**{**values, "runs": tuple(values["runs"])}) for values in self.header["classes"]]
+        self.classes = [
+            IndexClass(v["bucket"], v["subset"], v["rows"], tuple(v["runs"]), v["weights"] and tuple(v["weights"]))
+            for v in self.header["classes"]
+        ]
         self._sections = {
             name: Section(values["dtype"], tuple(values["shape"]), values["offset"])
             for name, values in self.header["sections"].items()
@@ -155,8 +170,8 @@ class MappedIndex:
         self._record = record_struct(self.header["key_width"])
         self._records_at = self._sections["records"].offset
         self._bucket_names: list[str] = self.header["buckets"]
-        # Every sample has the same width, so that a number is enough to find one.
-        self.tokens: npt.NDArray[Any] = self.section("tokens")
+        tokens = self._sections["tokens"]
+        self._tokens = tokens.dtype, np.dtype(tokens.dtype).itemsize * tokens.shape[1], tokens.offset
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -164,7 +179,6 @@ class MappedIndex:
 
     def row(self, number: int) -> IndexRow:
         """Where sample `number` lies."""
-        # Read and not mapped: pages that were touched once by chance would pile up in every process's memory.
         content = os.pread(self._file, self._record.size, self._records_at + number * self._record.size)
         key, shard, bucket, checksum, *places = self._record.unpack(content)
         offsets, sizes = places[: len(PAYLOADS)], places[len(PAYLOADS) :]
@@ -173,18 +187,21 @@ class MappedIndex:
             key.rstrip(b"\0").decode(), self._shards[shard].decode(), self._bucket_names[bucket], spans, checksum
         )
 
-    def class_rows(self, wanted: IndexClass) -> ClassRows:
-        """The samples of one class."""
-        runs = self.section("runs")[:, wanted.runs[0] : sum(wanted.runs)]
-        ends = None
-        if wanted.weights is not None:
-            ends = self.section("weights")[wanted.weights : wanted.weights + wanted.rows]
-        return ClassRows(runs[0], runs[1], wanted.rows, ends)
+    def tokens(self, rows: Integers) -> Integers:
+        """Step-LLM tokens, [n, 1 + kinds], of the first caption and of the caption of every kind of samples, [n]."""
+        dtype, size, start = self._tokens
+        content = b"".join([os.pread(self._file, size, start + row * size) for row in rows.tolist()])
+        return np.frombuffer(content, dtype).reshape(len(rows), -1).astype(np.int64)
+
+    def weight_sums(self, first: int, count: int) -> Integers:
+        """`count` running sums from place `first` of their section on."""
+        # Read and not mapped: what is touched here and there would add up in every process's memory.
+        return np.frombuffer(os.pread(self._file, 8 * count, self._sections["weights"].offset + 8 * first), "<i8")
 
     def select(self, bucket: str, subsets: Collection[str] | None = None) -> list[ClassRows]:
         """The classes of a bucket, of all subsets or of those named."""
         wanted = (entry for entry in self.classes if entry.bucket == bucket)
-        return [self.class_rows(entry) for entry in wanted if subsets is None or entry.subset in subsets]
+        return [ClassRows(self, entry) for entry in wanted if subsets is None or entry.subset in subsets]
 
     def section(self, name: str) -> npt.NDArray[Any]:
         """A section, mapped."""

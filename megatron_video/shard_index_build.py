@@ -25,6 +25,7 @@ from megatron_video.buckets import parse_bucket
 from megatron_video.errors import UserError
 from megatron_video.files import file_sha256
 from megatron_video.shard_index import (
+    BLOCK,
     MAGIC,
     START,
     IndexClass,
@@ -46,7 +47,7 @@ from megatron_video.shard_schema import (
 from megatron_video.unique_keys import KeyCheck
 
 # Raised when the file's layout or what is in it changes.
-FORMAT = 1
+FORMAT = 2
 SOURCES = (INDEX_FILE, INFO_FILE)
 """Files of the folder that a mapped index is made of."""
 _BATCH = 1 << 16
@@ -122,13 +123,14 @@ class IndexBuilder:
         self._write_tail(survey, sections, rows, digest.hexdigest())
 
     def _write_tail(self, survey: _Survey, sections: dict[str, Section], rows: _Rows, digest: str) -> None:
-        """What is known at the end only: runs, header, and at the very start where the header is."""
-        classes, runs = rows.finish()
+        """What is known at the end only: runs, marks, header, and at the very start where the header is."""
+        classes, runs, marks = rows.finish()
         with open(self._target, "r+b") as file:
-            offset = _whole_pages(file.seek(0, os.SEEK_END))
-            file.seek(offset)
-            file.write(runs.tobytes())
-            sections = {**sections, "runs": Section(runs.dtype.str, runs.shape, offset)}
+            for name, content in (("runs", runs), ("marks", marks)):
+                offset = _whole_pages(file.seek(0, os.SEEK_END))
+                file.seek(offset)
+                file.write(content.tobytes())
+                sections = {**sections, name: Section(content.dtype.str, content.shape, offset)}
             header = json.dumps(self._header(survey, sections, classes, digest)).encode()
             place = file.tell()
             file.write(header)
@@ -199,8 +201,8 @@ class _Rows:
         keys: npt.NDArray[np.bytes_] = records["key"]
         return keys
 
-    def finish(self) -> tuple[list[IndexClass], Integers]:
-        """The classes, and their runs [2, runs] class by class."""
+    def finish(self) -> tuple[list[IndexClass], Integers, Integers]:
+        """The classes, and class by class their runs [2, runs] and marks."""
         for section in (self.records, self._tokens, self._weights):
             if isinstance(section, np.memmap):
                 section.flush()
@@ -208,17 +210,28 @@ class _Rows:
         runs = runs[:, np.argsort(runs[0], kind="stable")]
         counts = np.bincount(runs[0], minlength=len(self._classes))
         starts = np.cumsum(counts) - counts
+        blocks = -(-self._class_sizes // BLOCK)
+        marks = np.cumsum(blocks) - blocks
         classes = [
             IndexClass(
                 bucket=bucket,
                 subset=subset,
                 rows=int(self._class_sizes[number]),
                 runs=(int(starts[number]), int(counts[number])),
-                weights=int(self._class_starts[number]) if self._survey.weighted else None,
+                weights=(int(self._class_starts[number]), int(marks[number])) if self._survey.weighted else None,
             )
             for (bucket, subset), number in self._classes.items()
         ]
-        return classes, np.ascontiguousarray(runs[1:])
+        return classes, np.ascontiguousarray(runs[1:]), self._marks()
+
+    def _marks(self) -> Integers:
+        """Every BLOCK-th running sum of each class, and its last."""
+        found = [np.empty(0, np.int64)]
+        for start, size in zip(self._class_starts, self._class_sizes, strict=True):
+            if self._survey.weighted:
+                last = np.minimum(np.arange(BLOCK, size + BLOCK, BLOCK), size) - 1
+                found.append(self._weights[start + last])
+        return np.concatenate(found)
 
     def _add_runs(self, classes: Integers) -> None:
         starts = np.flatnonzero(np.diff(classes, prepend=-1))

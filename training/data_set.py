@@ -152,7 +152,7 @@ class TrainingData:
         for folder in np.unique(folders):
             chosen = folders == folder
             rows = self.datasets[folder].rows
-            found = rows.tokens[samples[chosen] - self._starts[folder]].astype(np.int64)
+            found = rows.tokens(samples[chosen] - self._starts[folder])
             tokens[chosen] = self._mean_tokens(found, rows.info.captions)
         return tokens
 
