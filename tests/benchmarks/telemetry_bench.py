@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = summarise(rows) | {"parts": parts}
     report.print_table([{"part": name, "ms": value} for name, value in parts.items()], ["part", "ms"])
     report.print_table(summary["costs"], ["step", "bare ms", *(f"{q} added ms" for q in QUANTITIES), "share %"])
-    for quantity in QUANTITIES:
-        print(f"overhead by {quantity}: {summary[f'overhead {quantity}']:.3%} of a step")
+    summary["overhead of the parts"] = overhead_of_parts(parts, options.micro_batches) / summary["bare_s"]["cpu_s"]
+    for name in (*(f"overhead {quantity}" for quantity in QUANTITIES), "overhead of the parts"):
+        print(f"{name}: {summary[name]:.3%} of a step")
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     report.write(options.out, settings, rows, summary)
     print(f"written to {options.out}")
@@ -204,6 +205,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         mean = ordinary + (shown - ordinary) / SHOWN_EVERY + (layers - ordinary) / LAYERS_EVERY
         summary[f"overhead {quantity}"] = mean / bare[quantity]
     return summary
+
+
+def overhead_of_parts(parts: dict[str, float], micro_batches: int) -> float:
+    """CPU seconds that the parts come to in a step of the mean run."""
+    by_time, one_sum, line, shown, layers = parts.values()
+    mean = (by_time - one_sum) * micro_batches + line + (shown - line) / SHOWN_EVERY + layers / LAYERS_EVERY
+    return mean / 1e3
 
 
 def _measure(bench: Bench, pairs: int, warmup: int) -> list[dict[str, Any]]:
