@@ -13,8 +13,9 @@ class CheckpointConfig:
     many."""
 
     asynchronous: bool = True
-    """Train on while the files are written, from a copy in host memory (as large as what this rank writes, kept for the
-    whole run). false: training waits until the checkpoint is complete, and no copy is kept."""
+    """Train on while the files are written, from a copy in host memory, kept for the whole run: as large as what this
+    rank writes, on CUDA up to twice that, as pinned memory comes in powers of two. false: training waits until the
+    checkpoint is complete, and no copy is kept."""
     files_per_rank: int = 2
     """Files that each rank writes at the same time."""
     max_wait_seconds: float = 1800.0

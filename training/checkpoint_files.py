@@ -162,6 +162,11 @@ def find_fault(folder: Path) -> str | None:
         _, files = read_state_values(folder)
     except ValueError as error:
         return str(error)
+    return find_lack(folder, files)
+
+
+def find_lack(folder: Path, files: dict[str, StoredFile]) -> str | None:
+    """The first of `files` that is not in the folder or has another size, or None."""
     for name, file in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -29,7 +29,16 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_video.config_io import save_config
 from training.checkpoint_config import CheckpointConfig
-from training.checkpoint_files import CONFIG_FILE, WRITING_SUFFIX, WRITTEN, stored_file, sync, write_state
+from training.checkpoint_files import (
+    CONFIG_FILE,
+    WRITING_SUFFIX,
+    WRITTEN,
+    StoredFile,
+    find_lack,
+    stored_file,
+    sync,
+    write_state,
+)
 from training.checkpoint_folders import prune, publish, step_folder
 from training.checkpoint_state import publish_pending_parameters, sharded_state
 from training.checkpoint_writer import (
@@ -49,6 +58,8 @@ if TYPE_CHECKING:
 GIGABYTE = 1e9
 # Room for metadata and configuration beside the tensors.
 _SPARE_BYTES = 1 << 20
+# Network file systems may show one node the files of another this late.
+VISIBLE_SECONDS = 90.0
 _log = logging.getLogger(__name__)
 
 
@@ -302,6 +313,7 @@ class CheckpointSaver:
         save_format(CheckpointingConfig(FORMAT, FORMAT_VERSION), str(job.writing))
         save_config(job.config, job.writing / CONFIG_FILE)
         files = {name: file for share in shares for name, file in share.files.items()}
+        _wait_until_visible(job.writing, files)
         for path in sorted(job.writing.iterdir()):
             if path.name not in files:  # written by this rank alone, small
                 sync(path)
@@ -344,6 +356,22 @@ def _make_folder(writing: Path, need: int) -> str | None:
     except OSError as error:
         return _describe(error, writing, need)
     return None
+
+
+def _wait_until_visible(writing: Path, files: dict[str, StoredFile], seconds: float = VISIBLE_SECONDS) -> None:
+    """Until this node sees the files of the other nodes as they wrote them.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    deadline = time.monotonic() + seconds
+    while lack := find_lack(writing, files):
+        if time.monotonic() >= deadline:
+            raise RuntimeError(
+                f"rank 0 does not see what other ranks wrote ({writing}: {lack}); run.output_dir must be on a file "
+                "system that all nodes share"
+            )
+        time.sleep(0.1)
 
 
 def _describe(error: Exception, writing: Path, need: int) -> str:

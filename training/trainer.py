@@ -181,6 +181,7 @@ class Trainer:
 
     def close(self, state: str, reason: str) -> None:
         """Leave the verdict of this life in status.json and events.jsonl; a save under way is let finish."""
+        self.phases.enter("checkpoint")
         self.saver.drain()
         self.telemetry.close(state, self.state.step)
         if self.telemetry.active:

@@ -25,7 +25,7 @@ from test_checkpoint_folders import DATA_FILE, flip, write_folder
 from megatron_video.dit import DiTConfig, build_dit
 from megatron_video.errors import UserError
 from megatron_video.parallel import ParallelConfig, one_process
-from training import checkpoint_writer
+from training import checkpoint_saver, checkpoint_writer
 from training.checkpoint import TrainState, agree_on_newest, find_checkpoint, load_checkpoint, step_folder
 from training.checkpoint_config import CheckpointConfig
 from training.checkpoint_files import find_fault, find_flip, read_state_values
@@ -312,6 +312,26 @@ def _someone_else_fills(disk: Path, until_free: int) -> Iterator[None]:
     finally:
         checkpoint_writer.Share.write = write
         other.unlink()
+
+
+def test_files_that_rank_0_cannot_see_are_no_checkpoint(
+    run: Run, writing: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_saver._wait_until_visible, "__defaults__", (0.3,))
+    write = checkpoint_writer.Share.write
+
+    def on_a_disk_of_its_own(share: checkpoint_writer.Share) -> checkpoint_writer.WrittenShare:
+        written = write(share)
+        (step_folder(run.folder, 1).with_suffix(".writing") / DATA_FILE).unlink()
+        return written
+
+    monkeypatch.setattr(checkpoint_writer.Share, "write", on_a_disk_of_its_own)
+    writing.set()
+    saver = run.saver()
+    run.save(saver, 1)
+    with pytest.raises(CheckpointError, match=rf"{DATA_FILE} is missing.*file system that all nodes share"):
+        saver.finish()
+    assert not list((run.folder / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("name", ["__0_1.distcp", ".metadata", "common.pt"])
