@@ -54,7 +54,8 @@ class Checkups:
             settings = self.config.validation
             times = ", ".join(f"{probability:.2f}" for probability in self.validation.probabilities)
             yield (
-                f"validation every {settings.every} steps: {self.validation.sample_count} samples at "
+                f"validation every {settings.every} steps: {self.validation.sample_count} samples of "
+                f"{', '.join(self.validation.buckets)} at "
                 f"{settings.time_quantiles} quantiles of t ({settings.times}: {times}) = {len(self.validation)} "
                 "micro-batches over all replicas"
             )

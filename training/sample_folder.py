@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -163,6 +164,16 @@ def video_summary(tag: str, frames: Frames, fps: float, text: str) -> Summary:
     )
     metadata = SummaryMetadata(display_name=tag.rpartition("/")[2], summary_description=text)
     return Summary(value=[Summary.Value(tag=tag, image=picture, metadata=metadata)])
+
+
+def shrunk(frames: Frames, longest_side: int) -> Frames:
+    """Frames uint8 [T, H, W, 3] scaled down to at most `longest_side` pixels, or as they are."""
+    height, width = frames.shape[1:3]
+    scale = longest_side / max(height, width)
+    if scale >= 1:
+        return frames
+    size = (round(width * scale), round(height * scale))
+    return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
 
 
 def animated_gif(frames: Frames, fps: float) -> bytes:

@@ -16,14 +16,18 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+from tiny_shards import write_tiny_shards
 
 from megatron_video.errors import UserError
+from megatron_video.fingerprint import vae_fingerprint
 from megatron_video.flops import LatentShape
 from megatron_video.generation import to_pixels
+from megatron_video.text import text_fingerprint, text_folders
 from megatron_video.video_io import probe, read_frames
 from training.sample import main
-from training.sample_folder import animated_gif
+from training.sample_folder import animated_gif, shrunk
 from training.sample_prompts import read_prompts
+from training.trained_encoders import trained_encoders
 
 PROMPTS = ["a red circle moves left", "a blue square moves up", "蓝色方块向上移动"]
 # Samples are compared by their sheets, which show three frames without loss: H.264 makes a mean difference of 2 from
@@ -85,6 +89,16 @@ def test_every_prompt_has_its_video_sheet_line_and_tensorboard_picture(samples: 
     assert (picture.step, picture.height, gif.format, gif.n_frames) == (7, 32, "GIF", 17)
 
 
+def test_large_videos_are_shrunk_for_tensorboard() -> None:
+    frames = np.zeros((3, 544, 992, 3), np.uint8)
+    frames[:, :, 496:] = 200
+    small = shrunk(frames, 384)
+    assert small.shape == (3, 211, 384, 3)
+    assert (small[:, :, :180] == 0).all()
+    assert (small[:, :, 200:] == 200).all()
+    assert shrunk(small, 384) is small
+
+
 def test_prompts_and_seeds_make_different_videos(models: Path, samples: Path) -> None:
     first, second, third = _sheets(samples)
     _assert_different(first, second)
@@ -140,6 +154,38 @@ def test_other_settings_prompts_or_models_are_refused_by_name(models: Path, samp
         main(arguments)
     with pytest.raises(UserError, match="was not made by"):
         main(_command(models, models))
+
+
+def test_encoders_that_the_shards_were_not_made_with_are_refused_unless_asked_for(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prints = {"vae": vae_fingerprint(models / "vae"), "text": text_fingerprint(*text_folders(models / "text"))}
+
+    def run(name: str, *more: str, **encoders: str) -> None:
+        arguments = _command(models, tmp_path / name, "--frames", "1", "--limit", "1", *more)
+        run_folder = write_tiny_run(tmp_path / f"{name}_model", encoders=encoders)
+        arguments[arguments.index("--checkpoint") + 1] = str(run_folder)
+        main(arguments)
+
+    run("same", **prints)
+    assert "not compared" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"--vae .*\(fingerprint {prints['vae']}\) is not the Video-VAE .*\(other\)"):
+        run("vae", **prints | {"vae": "other"})
+    with pytest.raises(UserError, match=r"--text .*text \(fingerprint .*\) is not the pair of text encoders"):
+        run("text", **prints | {"text": "other"})
+    run("asked", "--other-encoders", **prints | {"vae": "other"})
+    run("unknown")
+    assert "does not say which encoders it was trained with; they were not compared" in capsys.readouterr().err
+
+
+def test_an_older_checkpoint_is_compared_with_the_shards_of_its_configuration(tmp_path: Path) -> None:
+    write_tiny_shards(tmp_path / "shards")
+    run = write_tiny_run(tmp_path)
+    checkpoint = next((run / "checkpoints").glob("step_*"))
+    config = (checkpoint / "config.yaml").read_text()
+    assert trained_encoders(checkpoint) == {}
+    (checkpoint / "config.yaml").write_text(config.replace("- none", f"- {tmp_path / 'shards'}"))
+    assert trained_encoders(checkpoint) == {"vae": "vae", "text": "text"}
 
 
 def test_images_and_runs_without_guidance(models: Path, tmp_path: Path) -> None:
