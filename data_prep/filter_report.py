@@ -130,7 +130,7 @@ def _edges(sample: np.ndarray, bounds: list[float]) -> np.ndarray:
     finite = sample[np.isfinite(sample)]
     typical = np.percentile(finite, _SHOWN_PERCENTILES).tolist() if len(finite) else []
     low, high = min(typical + bounds), max(typical + bounds)
-    margin = 0.02 * (high - low) or 0.5
+    margin = 0.04 * (high - low) or 0.5
     return np.linspace(low - margin, high + margin, _BINS + 1)
 
 
@@ -158,12 +158,14 @@ def _draw_thresholds(panel: Axes, tag: str, steps: Sequence[Step]) -> None:
             continue
         # From light to dark as the subsets become stricter; common rules are black.
         colour = (1 - 0.6 * step.level / levels, 0.6 - 0.6 * step.level / levels, 0.2) if step.level else "black"
-        for bound, style in ((step.rule.min, "-"), (step.rule.max, "--")):
-            if bound is not None:
-                panel.axvline(bound, color=colour, linestyle=style, linewidth=1.4, label=step.subset or "common")
-    handles, labels = panel.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    panel.legend(list(unique.values()), list(unique), fontsize=6, loc="best")
+        lines = [(step.rule.min, "-"), (step.rule.max, "--")]
+        drawn = [
+            panel.axvline(bound, color=colour, linestyle=style, linewidth=1.4)
+            for bound, style in lines
+            if bound is not None
+        ]
+        drawn[0].set_label(f"{step.subset or 'all'} {step.rule.bounds}")
+    panel.legend(fontsize=7, loc="best")
 
 
 def _plot_funnel(figure_class: type, tally: Tally) -> Figure:

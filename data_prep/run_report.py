@@ -67,7 +67,7 @@ def read_runs(work: Path) -> list[StageRun]:
 def stage_table(runs: Sequence[StageRun]) -> list[str]:
     """Markdown table, one line a stage."""
     head = [
-        "| stage | rows in | kept | dropped here | dropped before | seconds | why |",
+        "| stage | rows in | kept | dropped here | dropped before | seconds | why, or what was counted |",
         "|---|--:|--:|--:|--:|--:|---|",
     ]
     return head + [_table_line(run) for run in runs]
@@ -78,10 +78,18 @@ def _table_line(run: StageRun) -> str:
     figures = [str(report.get(key, "")) for key in ("rows_in", "kept", "dropped_here", "dropped_before")]
     earlier = " (earlier)" if run.seconds_earlier is not None else ""
     seconds = "" if run.seconds is None else f"{run.seconds:.1f}{earlier}"
-    why = ", ".join(f"{reason} {count}" for reason, count in sorted(report.get("reasons", {}).items()))
+    why = ", ".join(f"{name} {count}" for name, count in _counts(report))
     if run.exit_code:
         why = f"**exit code {run.exit_code}** {why}"
     return "| " + " | ".join([run.name, *figures, seconds, why]) + " |"
+
+
+def _counts(report: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Why rows were dropped; of a stage that has no rows, its own counts."""
+    if "reasons" in report:
+        return sorted(report["reasons"].items())
+    sizes = {name: len(value) if isinstance(value, list) else value for name, value in report.items()}
+    return [(name, size) for name, size in sizes.items() if isinstance(size, int) and not isinstance(size, bool)]
 
 
 def _section(run: StageRun, files: Sequence[Path], work: Path) -> list[str]:

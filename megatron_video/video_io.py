@@ -8,7 +8,6 @@ a `VideoError` instead of fewer or wrong frames. Axes: T frames, H rows, W colum
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +22,7 @@ from av.video.plane import VideoPlane
 from av.video.stream import VideoStream
 
 from megatron_video.buckets import CropBox
+from megatron_video.files import appearing
 from megatron_video.tone_mapping import tone_map_of
 from megatron_video.video_file import (
     FrameTable,
@@ -150,15 +150,10 @@ def write_mp4_stream(
     Args:
         times: seconds at which each frame is shown, where they are not 1 / fps apart.
     """
-    # In the same folder, so that the rename is atomic; the process id keeps two writers apart.
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     rate = Fraction(fps).limit_denominator(100_000)
     ticks = None if times is None else [round((time - times[0]) * _TICKS_PER_SECOND) for time in times]
-    try:
+    with appearing(Path(path)) as temporary:
         _encode_h264(temporary, frames, rate, {"crf": str(crf), "preset": preset}, ticks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode_h264(
