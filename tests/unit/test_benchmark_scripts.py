@@ -10,6 +10,7 @@ import balance_bench
 import block_bench
 import cpu_step_bench
 import fused_bench
+import plan_bench
 import pytest
 import telemetry_bench
 import torch
@@ -88,3 +89,11 @@ def test_balance_bench_finds_what_it_planted(tmp_path: Path) -> None:
     assert found["copies by embedding"]["wrong"] == found["copies by hash"]["wrong"] == 0
     assert content["summary"]["purity"] > 0.97
     assert 0 < content["summary"]["peak_anonymous_mib"] <= content["summary"]["peak_with_file_pages_mib"]
+
+
+def test_plan_bench_times_every_preset(tmp_path: Path) -> None:
+    plan_bench.main(["--samples", "50000", "--replicas", "4", "--steps", "2", "--out", str(tmp_path / "plan.json")])
+    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert [row["preset"] for row in rows] == list(plan_bench.PRESETS)
+    assert all(row["rank_share_ms"] > 0 and row["peak_kib"] < 10_000 for row in rows)
+    assert rows[0]["samples_a_step"] == 15_000
