@@ -73,8 +73,13 @@ class Dealing:
 
     piles: list[_Pile]
     image_sizes: Mapping[str, int]
-    loads: Floats
-    """[replicas] expected cost of each."""
+    costs: Costs
+    """By which it was made."""
+
+    @property
+    def loads(self) -> Floats:
+        """[replicas] expected cost of each."""
+        return self.loads_by(self.costs)
 
     def share(self, rank: int) -> list[PlannedBatch]:
         """Micro-batches of one replica, in the order in which they are to be trained on."""
@@ -110,19 +115,20 @@ def deal_by_cost(
     Raises:
         UserError: fewer items than replicas.
     """
+    units = costs.in_units()
     loads = np.zeros(size)
     piles = []
-    for bucket, image, items in _alike(batches, costs, whole_draws):
+    for bucket, image, items in _alike(batches, units, whole_draws):
         if image:
             count = sum(len(batch.samples) for item in items for batch in item)
             # The overhead of a micro-batch is shared by the images in it.
-            cost = costs.sample[bucket] + costs.micro_batch[bucket] / sizes[bucket]
+            cost = units.sample[bucket] + units.micro_batch[bucket] // sizes[bucket]
         else:
-            count, cost = len(items), _cost(items[0], costs)
+            count, cost = len(items), _cost(items[0], units)
         piles.append(_Pile(bucket, items, image, fill_up(loads, count, cost)))
-        loads = loads + piles[-1].cost(costs, sizes[bucket])
+        loads = loads + piles[-1].cost(units, sizes[bucket])
     _check_all_have_work(piles, size)
-    return Dealing(piles, sizes, loads)
+    return Dealing(piles, sizes, costs)
 
 
 def cut_evenly(bucket: str, samples: Integers, epochs: Integers, most: int, draw: int = -1) -> list[PlannedBatch]:
@@ -131,6 +137,14 @@ def cut_evenly(bucket: str, samples: Integers, epochs: Integers, most: int, draw
     pieces = -(-len(samples) // most)
     cuts = [len(samples) * piece // max(1, pieces) for piece in range(pieces + 1)]
     return [PlannedBatch(bucket, samples[low:high], epochs[low:high], draw) for low, high in itertools.pairwise(cuts)]
+
+
+def samples_by_bucket(batches: Sequence[PlannedBatch]) -> dict[str, Integers]:
+    """All samples of each bucket, [n], in their order."""
+    found: dict[str, list[Integers]] = {}
+    for batch in batches:
+        found.setdefault(batch.bucket, []).append(batch.samples)
+    return {bucket: np.concatenate(samples) for bucket, samples in found.items()}
 
 
 def loads_in_turn(batches: Sequence[PlannedBatch], size: int, costs: Costs) -> Floats:

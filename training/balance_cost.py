@@ -18,6 +18,9 @@ from megatron_video.errors import UserError
 # counts like 1.5 %.
 _MEAN_WEIGHT = 0.15
 
+# A step of 100,000 of them on 1,000 replicas is far below 2^53.
+_UNITS = 10_000_000
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -34,6 +37,16 @@ class Costs:
     def of_flops(sample: Mapping[str, float]) -> Costs:
         """Costs in FLOPs: in them a micro-batch is no more than its samples."""
         return Costs("FLOP", sample, dict.fromkeys(sample, 0.0))
+
+    def in_units(self) -> Costs:
+        """The same in whole units of a ten-millionth of the largest, which sums hold exactly in any order.
+
+        Every replica shares the step out for itself: processors that round the last digit otherwise must not come to
+        another result.
+        """
+        unit = max(*self.sample.values(), *self.micro_batch.values()) / _UNITS
+        sample = {name: float(max(1, round(cost / unit))) for name, cost in self.sample.items()}
+        return Costs(self.unit, sample, {name: float(round(cost / unit)) for name, cost in self.micro_batch.items()})
 
     def of(self, bucket: str, samples: int, micro_batches: int = 1) -> float:
         """Cost of `samples` of one bucket in `micro_batches` micro-batches."""

@@ -21,7 +21,8 @@ from megatron_video.flow_matching import TimeDensity, interpolate, velocity
 from megatron_video.noise import NoiseSource
 from megatron_video.shard_schema import DamagedSampleError, ShardSample, Text
 from megatron_video.vae import sample_posterior
-from training.data_plan import DataPlan, PlannedBatch
+from training.balance import PlannedBatch, samples_by_bucket
+from training.data_plan import DataPlan
 from training.data_set import TrainingData
 
 
@@ -228,7 +229,7 @@ class StepBatches(Dataset[StepData]):
             corrupt=corrupt,
             samples=sum(len(batch.samples) for batch in planned),
             tokens=sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
-            flops=sum(data.flops(model, batch.bucket, batch.samples) for batch in planned),
+            flops=sum(data.flops(model, name, samples) for name, samples in samples_by_bucket(planned).items()),
         )
 
     def _build(self, own: list[PlannedBatch]) -> tuple[list[Batch], list[CorruptSample]]:

@@ -108,6 +108,22 @@ def test_the_order_does_not_depend_on_how_it_is_dealt() -> None:
     assert drawn(plans[0].rank_share(0, 0, 3)) != drawn(plans[1].rank_share(0, 0, 3))
 
 
+def test_last_digits_of_costs_decide_nothing() -> None:
+    """Every replica shares out for itself, maybe on processors that round otherwise."""
+    costs = Costs("s", {LONG: 0.3, SHORT: 0.1, IMAGE: 0.1 / 3}, {LONG: 0.1, SHORT: 0.3, IMAGE: 0.01})
+    random = np.random.default_rng(0)
+    for step in range(20):
+        shaken = Costs(
+            "s",
+            {name: cost * (1 + 1e-15 * random.standard_normal()) for name, cost in costs.sample.items()},
+            {name: cost * (1 + 1e-15 * random.standard_normal()) for name, cost in costs.micro_batch.items()},
+        )
+        for rank in range(5):
+            ours, theirs = (make_plan(each).rank_share(step, rank, 5) for each in (costs, shaken))
+            assert drawn(ours) == drawn(theirs)
+            assert [len(batch.samples) for batch in ours] == [len(batch.samples) for batch in theirs]
+
+
 def test_overheads_of_micro_batches_count() -> None:
     costs = Costs("s", {LONG: 1.0, SHORT: 0.1, IMAGE: 0.01}, {LONG: 0.0, SHORT: 10.0, IMAGE: 1.0})
     plan = make_plan(costs)
