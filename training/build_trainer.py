@@ -23,11 +23,13 @@ from training.data_set import TrainingData
 from training.density_plot import show_density
 from training.ema import build_ema
 from training.events import EventLog, read_events
+from training.fault_config import describe_limits
 from training.initial_state import take_initial_optimizer, take_initial_weights
 from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
 from training.rank_table import RankTable
 from training.run_plan import plan_run
+from training.skipped_data import add_windows
 from training.startup import describe_changes, describe_run
 from training.stop_signal import StopSignal
 from training.telemetry import Telemetry
@@ -71,6 +73,7 @@ def build_trainer(
         take_initial_optimizer(config.run, model, optimizer)
     ema = build_ema(config.ema, optimizer)
     state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
+    state.skipped_data = add_windows(config.faults.skip_data_steps, state.skipped_data, state.step)
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):
@@ -83,6 +86,8 @@ def build_trainer(
         show_density(config, data, telemetry)
     events = start_events(config, found, state)
     stop = stop_signal(config)
+    for line in describe_limits(config.faults, stop.deadline):
+        telemetry.say(line)
     # Up to here a replica's time is its own; from here on it waits for the others.
     settings = get_model_config(model[0])
     settings.finalize_model_grads_func = phases.entering("reduce", settings.finalize_model_grads_func)

@@ -60,6 +60,8 @@ GIGABYTE = 1e9
 _SPARE_BYTES = 1 << 20
 # Network file systems may show one node the files of another this late.
 VISIBLE_SECONDS = 90.0
+# The watchdog leaves these groups out: how many messages their threads have sent says nothing about training.
+SAVE_GROUP = "checkpoint saves"
 _log = logging.getLogger(__name__)
 
 
@@ -331,7 +333,8 @@ class CheckpointSaver:
         """For the saves' threads: their messages must not mix with those of training."""
         if dist.get_world_size() == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self._settings.max_wait_seconds))
+        timeout = timedelta(seconds=self._settings.max_wait_seconds)
+        return dist.new_group(backend="gloo", timeout=timeout, group_desc=SAVE_GROUP)
 
 
 def _bytes_to_write(tensors: dict[str, Any]) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -272,15 +273,22 @@ def _as_is(item: Any) -> Any:
     return item
 
 
+# A step, the end, or what went wrong.
+_Ready: TypeAlias = StepData | BaseException | None
+
+
 class _ThreadedSteps:
     """Iterator whose items are built by one background thread."""
 
     def __init__(self, steps: Dataset[StepData], first: int, last: int, prefetch: int, pin_memory: bool) -> None:
-        self._steps, self._range, self._pin_memory = steps, range(first, last), pin_memory
         # Bounded: a fast builder waits here instead of filling the memory.
-        self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
+        self._ready: queue.Queue[_Ready] = queue.Queue(maxsize=prefetch)
+        unwanted = threading.Event()
+        # The thread must not hold the iterator: a run that goes back drops it for another.
+        weakref.finalize(self, unwanted.set)
         # Daemon: a run that ends early does not wait for batches that nobody wants.
-        threading.Thread(target=self._work, name="batches", daemon=True).start()
+        work = (steps, range(first, last), pin_memory, self._ready, unwanted)
+        threading.Thread(target=_build_steps, args=work, name="batches", daemon=True).start()
 
     def __iter__(self) -> _ThreadedSteps:
         return self
@@ -294,11 +302,26 @@ class _ThreadedSteps:
             raise item
         return item
 
-    def _work(self) -> None:
+
+def _build_steps(
+    steps: Dataset[StepData], numbers: range, pin_memory: bool, ready: queue.Queue[_Ready], unwanted: threading.Event
+) -> None:
+    try:
+        for number in numbers:
+            data = steps[number]
+            if not _put(ready, data.pin_memory() if pin_memory else data, unwanted):
+                return
+        _put(ready, None, unwanted)
+    except BaseException as error:  # handed to the training thread, which raises it
+        _put(ready, error, unwanted)
+
+
+def _put(ready: queue.Queue[_Ready], item: _Ready, unwanted: threading.Event) -> bool:
+    """Wait for room; False when nobody will take it any more."""
+    while not unwanted.is_set():
         try:
-            for step in self._range:
-                data = self._steps[step]
-                self._ready.put(data.pin_memory() if self._pin_memory else data)
-            self._ready.put(None)
-        except BaseException as error:  # handed to the training thread, which raises it
-            self._ready.put(error)
+            ready.put(item, timeout=1)
+            return True
+        except queue.Full:
+            continue
+    return False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import field
+from datetime import datetime
 from typing import Literal
 
 from megatron_video.config_io import config_dataclass
@@ -141,3 +143,16 @@ class FaultConfig:
     def hang_poll_seconds(self) -> float:
         """How often a rank looks at its heartbeat and for the alarm of others."""
         return self.hang_grace_seconds / 5
+
+
+def describe_limits(config: FaultConfig, deadline: float | None) -> Iterator[str]:
+    """Lines for the start of a run: when it ends by itself, and what it looks for."""
+    if deadline is None:
+        yield "wall time: no limit known"
+    else:
+        at, left = datetime.fromtimestamp(deadline), deadline - time.time()
+        yield f"wall time: the job ends at {at:%Y-%m-%d %H:%M:%S}, in {left / 60:.1f} minutes; the run saves before"
+    hang = "off" if config.hang_seconds is None else f"{config.hang_seconds:g} s without progress"
+    spikes = "off" if config.spike_mads is None else f"{config.spike_steps} steps in a row"
+    slow = "off" if config.straggler_every is None else f"every {config.straggler_every} steps"
+    yield f"faults: hangs {hang}; spikes {spikes}; slow ranks {slow}"

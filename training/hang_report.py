@@ -22,6 +22,7 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
+from training.checkpoint_saver import SAVE_GROUP
 from training.phases import PHASES, Heartbeat
 from training.rank_table import RankPlace, RankTable
 
@@ -168,14 +169,15 @@ def _seen_from_outside(place: RankPlace, reports: Mapping[int, RankReport]) -> s
 def _collectives() -> dict[str, int]:
     """How many collectives this rank has called in each group.
 
-    Pipeline groups are left out: their stages send and receive different numbers of messages.
+    Pipeline groups are left out: their stages send and receive different numbers of messages. So are those of saves,
+    which are used by threads of their own.
     """
     world = torch.distributed.distributed_c10d._world
     skipped = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
     return {
         name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # missing in torch's stubs
         for group, name in dict(world.pg_names).items()
-        if group is not skipped and group.size() > 1
+        if group is not skipped and group.size() > 1 and group.group_desc != SAVE_GROUP
     }
 
 

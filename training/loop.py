@@ -6,7 +6,9 @@ from pathlib import Path
 
 from megatron_video.device import DeviceInfo
 from training.build_trainer import build_trainer
+from training.checkpoint import TrainState
 from training.config import PretrainConfig
+from training.data import StepData
 from training.data_set import TrainingData
 from training.diverged import DIVERGED_EXIT_CODE, DivergedError
 from training.phases import Phases
@@ -16,7 +18,7 @@ from training.rollback import roll_back_if_needed
 from training.stop_signal import REQUEUE_EXIT_CODE
 from training.telemetry import StepMetrics, Stopwatch
 from training.time_bins import mean_by_time
-from training.train_step import train_step
+from training.train_step import StepResult, train_step
 from training.trainer import Trainer
 from training.watchdog import Watchdog
 
@@ -80,23 +82,7 @@ def run_steps(trainer: Trainer) -> str:
         phases.enter("report")
         trainer.count(step, result)
         trainer.tell_stragglers()
-        trainer.telemetry.log_step(
-            StepMetrics(
-                step=state.step,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                learning_rate=rate,
-                step_seconds=data_seconds + watch.lap(),
-                data_seconds=data_seconds,
-                samples=step.samples,
-                tokens=step.tokens,
-                flops=step.flops,
-                refused=result.refused,
-                loss_by_time=mean_by_time(result.loss_sums_by_time, result.positions_by_time),
-                positions_by_time=result.positions_by_time,
-                layer_norms=result.layer_norms,
-            )
-        )
+        trainer.telemetry.log_step(step_metrics(state, step, result, rate, data_seconds, data_seconds + watch.lap()))
         rolled_back = roll_back_if_needed(trainer)
         if rolled_back:
             steps = trainer.steps_from_here()
@@ -111,3 +97,25 @@ def run_steps(trainer: Trainer) -> str:
             trainer.checkups.run(trainer, result.loss)
             watch.lap()
     return "last step done"
+
+
+def step_metrics(
+    state: TrainState, step: StepData, result: StepResult, rate: float, data_seconds: float, step_seconds: float
+) -> StepMetrics:
+    """What metrics.jsonl says of the step just counted."""
+    return StepMetrics(
+        step=state.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=rate,
+        step_seconds=step_seconds,
+        data_seconds=data_seconds,
+        samples=step.samples,
+        tokens=step.tokens,
+        flops=step.flops,
+        refused=result.refused,
+        loss_by_time=mean_by_time(result.loss_sums_by_time, result.positions_by_time),
+        positions_by_time=result.positions_by_time,
+        rollbacks=len(state.rollbacks),
+        layer_norms=result.layer_norms,
+    )

@@ -63,6 +63,8 @@ class StepMetrics:
     """The loss apart by t, in equal parts of [0, 1); null where no sample of the batch lies."""
     positions_by_time: list[int]
     """Latent positions of the global batch in each part: what the loss is a mean over."""
+    rollbacks: int = 0
+    """How often the run went back behind a spike so far; the step numbers after each come again."""
     layer_norms: LayerNorms | None = None
     """Sizes of the layers, on the steps that measured them; other lines have no such entry."""
 

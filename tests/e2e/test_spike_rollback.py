@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import SETTINGS
+from fault_runs import SETTINGS, run, run_without_launcher
 from tiny_shards import write_tiny_shards
 
 from megatron_video.cli import run_command
@@ -57,9 +57,12 @@ def train(folder: Path, name: str, *overrides: str) -> int:
     return run_command(main, ["--config", str(folder / "empty.yaml"), *SETTINGS, *POLICY, *files, *overrides])
 
 
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path, name: str) -> dict[int, float]:
-    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines}
+    return {line["step"]: line["loss"] for line in lines(folder, name)}
 
 
 def kinds(folder: Path, name: str) -> list[str]:
@@ -82,6 +85,7 @@ def test_a_spike_is_rolled_back_and_its_data_left_out(
     assert train(folder, name, f"parallel.use_distributed_optimizer={sharded}") == 0
     assert kinds(folder, name) == ["start", "spike", "spike", "spike", "rollback", "stop"]
     (rollback,) = read_events(folder / name, "rollback")
+    assert [line["rollbacks"] for line in lines(folder, name)] == [0] * 19 + [1] * 20
     # Three spikes and two steps before them; the checkpoint of step 15 lies behind step 14.
     assert (rollback["from_step"], rollback["step"], rollback["skipped"]) == (19, 10, [14, 19])
     found = losses(folder, name)
@@ -127,6 +131,23 @@ def test_a_run_killed_between_rollback_and_save_goes_back_again(
     assert train(folder, "killed") == 0
     assert losses(folder, "killed") == without_the_window
     assert read_state(step_folder(folder / "killed", STEPS)).rollbacks == [19]
+
+
+@pytest.mark.heavy
+@pytest.mark.distributed
+def test_several_ranks_go_back_together_and_one_goes_on_alone(
+    folder: Path, without_the_window: dict[int, float]
+) -> None:
+    bad = {"kind": "scale", "rank": None, "step": BAD[0], "last": BAD[-1], "factor": 30}
+    two_ranks = [*POLICY, "parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true"]
+    overlapped = [*two_ranks, "parallel.overlap_param_gather=true"]
+    codes = run_without_launcher(folder, "ranks", *overlapped, "training.steps=20", faults=[bad])
+    assert [code for code, _ in codes] == [0, 0], codes
+    assert kinds(folder, "ranks").count("rollback") == 1
+    # On one rank, with the bad data, which it never meets.
+    assert run(folder, "ranks", *POLICY, faults=[bad], ranks=1).returncode == 0
+    assert kinds(folder, "ranks").count("rollback") == 1
+    assert losses(folder, "ranks") == pytest.approx(without_the_window, rel=1e-5)
 
 
 def test_too_many_rollbacks_stop_the_run(folder: Path, bad_data: None, capsys: pytest.CaptureFixture[str]) -> None:
