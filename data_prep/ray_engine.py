@@ -33,12 +33,17 @@ class _Task:
         self._function = function
         self._items = items
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def block(self, rows: dict[str, np.ndarray], start: int) -> dict[str, np.ndarray]:
+        """A block of Ray Data; its row n is item `start` + n."""
+        outcomes = self.outcomes([start + int(number) for number in rows["id"]])
+        return {"outcome": np.array(outcomes, dtype=object)}
+
+    def outcomes(self, numbers: Sequence[int]) -> list[bytes]:
+        """What became of these items."""
         import ray
 
         items = ray.get(self._items)
-        outcomes = [pickle.dumps(self._outcome(items[int(number)])) for number in batch["id"]]
-        return {"outcome": np.array(outcomes, dtype=object)}
+        return [pickle.dumps(self._outcome(items[number])) for number in numbers]
 
     def _outcome(self, item: Any) -> tuple[bool, Any]:
         try:
@@ -47,43 +52,77 @@ class _Task:
             return False, error
 
 
-def ray_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def ray_map(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    lost: Callable[[Item], Result] | None = None,
+) -> Iterator[Result]:
     """Yield `function(item)` in order, computed by at most `workers` Ray tasks at a time.
 
+    Where the processes of a block keep dying, the items ahead are done one by one, and one that kills its process again
+    gives `lost(item)`.
+
     Raises:
-        UserError: Ray is not installed or cannot be reached.
+        UserError: Ray is not installed, cannot be reached, or loses its processes and there is no `lost`.
     """
     if not len(items):
         return
     ray = _started_ray(workers)
     # In the object store once, not in every task's closure.
     task = _Task(function, ray.put(items))
-    blocks = max(min(len(items), 4 * workers), -(-len(items) // _BLOCK_ITEMS))
-    numbers = ray.data.range(len(items), override_num_blocks=blocks)
+    done = 0
+    while done < len(items):
+        try:
+            for pickled in _outcomes(ray, task, range(done, len(items)), workers):
+                yield _result(pickled)
+                done += 1
+        except ray.exceptions.RayError as error:
+            # A task's own exceptions are values: this is a node lost too often, or a process that died.
+            if lost is None:
+                raise _broken(error) from None
+            for number in range(done, min(done + _BLOCK_ITEMS, len(items))):
+                yield _alone(ray, task, number, items[number], lost)
+                done += 1
+
+
+def _outcomes(ray: Any, task: _Task, numbers: range, workers: int) -> Iterator[bytes]:
+    blocks = max(min(len(numbers), 4 * workers), -(-len(numbers) // _BLOCK_ITEMS))
+    rows = ray.data.range(len(numbers), override_num_blocks=blocks)
     with warnings.catch_warnings():
         # `max_retries` goes with Ray 2.64, and has no successor yet; setup.py asks for an older one.
         warnings.filterwarnings("ignore", message=".*ray_remote_args")
-        outcomes = numbers.map_batches(
-            task.__call__,
+        done = rows.map_batches(
+            task.block,
             batch_size=None,
             batch_format="numpy",
-            compute=ray.data.TaskPoolStrategy(workers),
+            compute=ray.data.TaskPoolStrategy(min(workers, blocks)),
+            fn_args=[numbers.start],
             max_retries=_RETRIES,
         )
-    for pickled in _rows(ray, outcomes):
-        good, value = pickle.loads(pickled)
-        if not good:
-            raise value
-        yield value
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from batch["outcome"].to_pylist()
 
 
-def _rows(ray: Any, outcomes: Any) -> Iterator[bytes]:
+def _alone(ray: Any, task: _Task, number: int, item: Item, lost: Callable[[Item], Result]) -> Result:
     try:
-        for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch["outcome"].to_pylist()
+        (pickled,) = ray.get(ray.remote(max_retries=1)(_Task.outcomes).remote(task, [number]))
+        return _result(pickled)
+    except ray.exceptions.WorkerCrashedError:
+        return lost(item)
     except ray.exceptions.RayError as error:
-        # A task's own exceptions are values: this is a node lost too often, or a worker short of memory.
-        raise UserError(f"--engine ray: {str(error).rstrip('.')}; the same command goes on where it was") from None
+        raise _broken(error) from None
+
+
+def _result(pickled: bytes) -> Any:
+    good, value = pickle.loads(pickled)
+    if not good:
+        raise value
+    return value
+
+
+def _broken(error: Exception) -> UserError:
+    return UserError(f"--engine ray: {str(error).rstrip('.')}; the same command goes on where it was")
 
 
 def _started_ray(workers: int) -> Any:

@@ -100,8 +100,8 @@ def parallel_map(
 ) -> Iterator[Result]:
     """Yield `function(item)` in order.
 
-    Workers are spawned, not forked: libav, OpenCV and Arrow keep threads that do not survive a fork. When a local one
-    is killed, what was under way is done again, one item at a time; an item that kills its process again gives
+    Workers are spawned, not forked: libav, OpenCV and Arrow keep threads that do not survive a fork. When one is
+    killed, what was under way is done again, one item at a time; an item that kills its process again gives
     `lost(item)`.
 
     Raises:
@@ -112,7 +112,7 @@ def parallel_map(
         # Imported only where it is wanted: Ray is an extra.
         from data_prep.ray_engine import ray_map
 
-        yield from ray_map(function, items, execution.workers)
+        yield from ray_map(function, items, execution.workers, lost)
     elif execution.in_process:
         yield from map(function, items)
     elif len(items):

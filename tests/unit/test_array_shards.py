@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import signal
 import sys
 from functools import partial
@@ -118,11 +119,18 @@ def test_ray_that_is_missing_is_a_clear_error(
     assert 'pip install "megatron-video[data]"' in capsys.readouterr().err
 
 
+def kill_at(numbers: list[int], number: int) -> int:
+    if number in numbers:
+        signal.raise_signal(signal.SIGKILL)
+    return number
+
+
 @pytest.mark.heavy
 def test_ray_makes_the_same_bytes(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is in the extra `data`")
-    # A Ray of this test's own.
+    # A Ray of this test's own, whose workers find this module.
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     try:
         for stage in ROW_STAGES:
             out = tmp_path / f"{stage}.parquet"
@@ -137,5 +145,8 @@ def test_ray_makes_the_same_bytes(pipeline: Pipeline, tmp_path: Path, monkeypatc
         # An item that kills its process every time must not be tried for ever.
         with pytest.raises(UserError, match=r"--engine ray: .*died"):
             list(parallel_map(signal.raise_signal, [signal.SIGKILL], execution))
+        # Where the stage can do without it, it is lost alone: neither its block nor the items behind it are.
+        found = parallel_map(partial(kill_at, [5, 70]), range(90), execution, lost=lambda number: -number)
+        assert list(found) == [-number if number in (5, 70) else number for number in range(90)]
     finally:
         ray.shutdown()
