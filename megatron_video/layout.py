@@ -86,6 +86,8 @@ class Layout:
     """How micro-batches are shared out to replicas."""
     images_per_video: float | None = None
     """Images that come on top of the micro-batches, for every video."""
+    pack_tokens: int | None = None
+    """Micro-batches are joined into sequences of at most so many video tokens."""
     cpu_offload: bool | None = None
     """Whether the optimizer's moments lie and are updated in host memory."""
     buckets: list[str] | None = None
@@ -275,7 +277,7 @@ def _alternatives(layout: Layout, name: str) -> list[Any]:
         values = _values_of_type(Precision, value)
     elif name == "data.balance":
         values = _values_of_type(Balance, value)
-    elif name == "data.images_per_video":
+    elif name in ("data.images_per_video", "data.pack_tokens"):
         values = [None]
     elif name == "optimizer.cpu_offload":
         values = _values_of_type(bool, value)

@@ -11,6 +11,7 @@ from megatron_video.fp8_rules import FP8_RULES
 from megatron_video.fsdp_rules import FSDP_RULES
 from megatron_video.layout import Change, Layout, Rule, nearest
 from megatron_video.offload_rules import OFFLOAD_RULES
+from megatron_video.packing_rules import PACKING_RULES
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -275,6 +276,7 @@ RULES: tuple[Rule, ...] = (
     *FP8_RULES,
     *FSDP_RULES,
     *OFFLOAD_RULES,
+    *PACKING_RULES,
 )
 
 

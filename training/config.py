@@ -193,10 +193,16 @@ class PretrainConfig:
             samples_per_draw=self.data.samples_per_draw,
             balance=self.data.balance,
             images_per_video=self.data.images_per_video,
+            pack_tokens=self.data.pack_tokens,
             cpu_offload=self.optimizer.cpu_offload,
             buckets=buckets or self.data.buckets,
             hardware=hardware,
         )
+
+    @property
+    def pack_positions(self) -> int | None:
+        """data.pack_tokens in latent positions."""
+        return None if self.data.pack_tokens is None else self.data.pack_tokens * self.model.patch_size**2
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model on `world_size` ranks.

@@ -51,6 +51,10 @@ class DataConfig:
     cost_profile: str | None = None
     """YAML or JSON file of measured seconds by bucket, which balance then goes by; null: the cost model's FLOPs. Of
     one sample (`68x192x320: 0.41`), or of micro-batches by size (`1x192x320: {8: 0.09, 16: 0.14}`)."""
+    pack_tokens: int | None = None
+    """Join micro-batches that a replica computes one after the other into one sequence of at most so many video tokens,
+    in which no sample sees another; larger ones stay alone. The numbers stay the same, and images and short videos fill
+    the device. Null: every micro-batch alone."""
     draw_size: int | None = None
     """Samples drawn together from one bucket; null for micro_batch_size. The order of the data depends on it and not
     on micro_batch_size: set it to keep the order when micro_batch_size has to change."""
@@ -76,6 +80,8 @@ class DataConfig:
         """
         for name in ("micro_batch_size", "global_batch_size", "prefetch_steps", "read_attempts"):
             _check_positive(name, getattr(self, name))
+        if self.pack_tokens is not None:
+            _check_positive("pack_tokens", self.pack_tokens)
         if self.max_corrupt_samples < 0:
             raise ValueError(f"max_corrupt_samples={self.max_corrupt_samples} must not be negative")
         self._check_sources()

@@ -78,6 +78,7 @@ def run_steps(trainer: Trainer) -> str:
             phases,
             trainer.layer_probe(),
             trainer.tell_corrupt(step),
+            trainer.config.pack_positions,
         )
         phases.enter("report")
         trainer.count(step, result)

@@ -128,6 +128,7 @@ def _batch(config: PretrainConfig, plan: DataPlan) -> str:
     return (
         f"global batch: {parts} {sizes}{images} = {plan.samples_per_step():,.1f} samples on average "
         f"(data.global_batch_size={data.global_batch_size}); {data.samples_per_draw} samples of one bucket at a time"
+        f"{f', packed into sequences of {data.pack_tokens:,} video tokens' if data.pack_tokens else ''}"
     )
 
 

@@ -19,6 +19,7 @@ from megatron_video.flow_matching import squared_errors
 from training.data import Batch
 from training.layer_norms import LayerNorms, LayerProbe
 from training.optimizer import ReadyGradients
+from training.packing import PackedBatch, most_positions, packed
 from training.phases import Phases
 from training.stop_signal import STOP_REASONS
 from training.time_bins import TIME_BINS, bin_by_time
@@ -58,10 +59,12 @@ def train_step(
     phases: Phases | None = None,
     probe: LayerProbe | None = None,
     corrupt_samples: int = 0,
+    pack_positions: int | None = None,
 ) -> StepResult:
     """Train on this replica's micro-batches of one global batch; with `probe`, on all ranks, measure its layers.
 
-    `corrupt_samples`: of the samples that were left out, those that this rank tells of.
+    `corrupt_samples`: of the samples that were left out, those that this rank tells of. `pack_positions`: join
+    micro-batches into sequences of at most so many latent positions.
     """
     # Gradients live in the buffers of the data-parallel wrapper, which accumulate over micro-batches.
     phases = phases or Phases(torch.device("cpu"))
@@ -72,7 +75,7 @@ def train_step(
     if probe is not None:
         probe.start()
     # Gradients come back summed over replicas and divided by the global count.
-    by_batch = forward_backward(model, batches)
+    by_batch = forward_backward(model, packed(batches, pack_positions))
     sums_and_counts = by_batch.sum(0)
     phases.enter("agree")
     gradients = ReadyGradients.prepare(optimizer)
@@ -85,12 +88,14 @@ def train_step(
     return replace(result, layer_norms=layer_norms, batch_losses=list(by_batch[:, 0]))
 
 
-def forward_backward(model: list[DistributedDataParallel], batches: list[Batch], forward_only: bool = False) -> Tensor:
+def forward_backward(
+    model: list[DistributedDataParallel], batches: Sequence[Batch | PackedBatch], forward_only: bool = False
+) -> Tensor:
     """Run megatron-core's schedule over `batches`; gradients end up reduced and divided by the global count.
 
     Returns:
         [m, 2, TIME_BINS] fp64: sum of the loss and number of latent positions, by t, of each of this replica's m
-        micro-batches; m = 0 but on the last stage.
+        micro-batches (of each part where they are packed); m = 0 but on the last stage.
     """
     outputs = run_schedule(
         forward_step,
@@ -98,15 +103,15 @@ def forward_backward(model: list[DistributedDataParallel], batches: list[Batch],
         # Every virtual chunk walks through the same micro-batches.
         [iter(batches) for _ in model],
         len(batches),
-        max(batch.latents[0, :, 0].numel() for batch in batches),
-        max(len(batch.latents) for batch in batches),
+        max(most_positions(batch) for batch in batches),
+        max(1 if isinstance(batch, PackedBatch) else len(batch.latents) for batch in batches),
         forward_only,
     )
     # Stages before the last compute no loss.
     if not outputs:
         return torch.zeros(0, 2, TIME_BINS, dtype=torch.float64, device=next(model[0].parameters()).device)
     # fp64: sums of thousands of micro-batches keep their digits.
-    return torch.stack([output["sums_and_counts"] for output in outputs])
+    return torch.cat([output["sums_and_counts"].view(-1, 2, TIME_BINS) for output in outputs])
 
 
 def run_schedule(
@@ -145,9 +150,11 @@ def run_schedule(
     return reports
 
 
-def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+def forward_step(batches: Iterator[Batch | PackedBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
     """megatron-core's forward step: the model's output (hidden states before the last stage) and the loss to apply."""
     batch = next(batches).to(torch.device(next(model.parameters()).device))
+    if isinstance(batch, PackedBatch):
+        return model(**batch.arguments()), functools.partial(packed_loss, batch.parts)
     return predict(batch, model), functools.partial(velocity_loss, batch.target, batch.timestep, counted=batch.counted)
 
 
@@ -165,6 +172,17 @@ def predict(batch: Batch, model: torch.nn.Module) -> Tensor:
         **conditions,
     )
     return output
+
+
+def packed_loss(parts: list[Batch], predictions: list[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`velocity_loss` of every part: sums and counts of all, and a row of the report for each."""
+    losses = [
+        velocity_loss(part.target, part.timestep, prediction, part.counted)
+        for part, prediction in zip(parts, predictions, strict=True)
+    ]
+    sums, counts, reports = zip(*losses, strict=True)
+    rows = torch.stack([report["sums_and_counts"] for report in reports])
+    return torch.stack(sums).sum(), torch.stack(counts).sum(dtype=torch.int32), {"sums_and_counts": rows}
 
 
 def velocity_loss(

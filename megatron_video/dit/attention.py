@@ -6,9 +6,12 @@ the rotary table and the number of real tokens by name, and leave out megatron-c
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -23,7 +26,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_video.dit import recompute
-from megatron_video.dit.context_parallel import CONTEXT_PARALLEL, attend_to_all_tokens
+from megatron_video.dit.context_parallel import CONTEXT_PARALLEL, Attend, attend_to_all_tokens
+from megatron_video.dit.packing import Packing, within_samples
 from megatron_video.dit.rope import Rope
 
 
@@ -71,7 +75,14 @@ class DiTSelfAttention(SelfAttention):
         )
         self.cp_comm_type = cp_comm_type
 
-    def forward(self, hidden_states: Tensor, rope: Rope, num_tokens: int, recompute_core: bool = False) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rope: Rope,
+        num_tokens: int,
+        recompute_core: bool = False,
+        samples: Sequence[int] | None = None,
+    ) -> Tensor:
         """Attend over the `num_tokens` real tokens of the whole sequence; padding at its end is never a key.
 
         Args:
@@ -79,22 +90,25 @@ class DiTSelfAttention(SelfAttention):
             rope: tables for this context-parallel rank's tokens, padding included.
             num_tokens: real tokens over all ranks.
             recompute_core: keep only the projection's output, and norm, rotate and attend again in the backward pass.
+            samples: tokens of each sample that shares the sequence; they do not see each other.
 
         Returns:
             [s, b, D]; the values at padding mean nothing.
         """
-        attend = partial(self._attend, rope=rope, num_tokens=num_tokens)
+        attend = partial(self._attend, rope=rope, num_tokens=num_tokens, samples=samples)
         # Not split yet: megatron-core would norm queries and keys apart from their rotation.
         packed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         context = recompute.run(attend, packed, recompute=recompute_core, fp8=bool(self.config.fp8))
         out, _ = self.linear_proj(context)
         return out
 
-    def _attend(self, packed: Tensor, rope: Rope, num_tokens: int) -> Tensor:
+    def _attend(self, packed: Tensor, rope: Rope, num_tokens: int, samples: Sequence[int] | None) -> Tensor:
         """[s, b, heads, 3 d] (query, key, value) of this context-parallel rank -> [s, b, heads * d]."""
         query, key, value = packed.chunk(3, dim=-1)
         query, key = self.q_layernorm(query, rope), self.k_layernorm(key, rope)
-        core = partial(self.core_attention, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
+        core: Attend = partial(self.core_attention, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
+        if samples is not None:
+            core = within_samples(core, samples)
         group = self.pg_collection.cp
         if group.size() == 1:
             return attend_to_all_tokens(core, query, key, value, num_tokens)
@@ -118,18 +132,31 @@ class DiTCrossAttention(CrossAttention):
         self.q_layernorm = build_module(qk_norm, **sizes)
         self.k_layernorm = build_module(qk_norm, **sizes)
 
-    def forward(self, hidden_states: Tensor, text: Tensor, hidden_text: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, text: Tensor, hidden_text: Tensor | None, packing: Packing | None = None
+    ) -> Tensor:
         """Attend to the visible text.
 
         Args:
             hidden_states: [s, b, D], this rank's tokens under sequence parallelism.
             text: [L, b, D], the same on every tensor- and context-parallel rank.
             hidden_text: bool [b, 1, 1, L], True where a text token must not be seen; None where all are visible.
+            packing: samples that share the sequence, whose texts lie behind one another too; each sees its own.
         """
         query, key, value = self.get_query_key_value_tensors(hidden_states, text)
         mask_type = AttnMaskType.no_mask if hidden_text is None else AttnMaskType.padding
-        context = self.core_attention(
-            self.q_layernorm(query), self.k_layernorm(key), value, hidden_text, attn_mask_type=mask_type
-        )
+        attend: Attend = partial(self.core_attention, attention_mask=hidden_text, attn_mask_type=mask_type)
+        query, key = self.q_layernorm(query), self.k_layernorm(key)
+        context = attend(query, key, value) if packing is None else _to_own_text(attend, query, key, value, packing)
         out, _ = self.linear_proj(context)
         return out
+
+
+def _to_own_text(attend: Attend, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    ends = list(itertools.accumulate(packing.text))
+    own = {number: slice(end - packing.text[number], end) for number, end in enumerate(ends)}
+    done = [
+        attend(query[piece.first : piece.end], key[own[piece.sample]], value[own[piece.sample]])
+        for piece in packing.gathered
+    ]
+    return torch.cat(done)

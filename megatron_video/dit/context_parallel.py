@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_video.dit.packing import Packing
 from megatron_video.dit.rope import Rope
 from megatron_video.errors import UserError
 
@@ -30,6 +31,8 @@ class TokenLayout:
     """Real tokens over all ranks."""
     first: int
     """Index of this rank's first token in the whole sequence (under sequence parallelism, of its own part)."""
+    packing: Packing | None = None
+    """Where the samples are, if several share the sequence."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,6 +18,7 @@ from megatron_video.dit.context_parallel import TokenLayout
 from megatron_video.dit.dropout import keyed_dropout
 from megatron_video.dit.modulation import block_modulations
 from megatron_video.dit.norms import BlockLayerNorm
+from megatron_video.dit.packing import by_sample
 from megatron_video.dit.specs import LayerSpec
 
 
@@ -70,27 +71,40 @@ class DiTLayer(MegatronModule):
         attention, feed_forward = block_modulations(self.modulation_table, shared_modulation)
         inputs = (x, attention.shift, attention.scale)
         attended = offload.run("self_attention", self.config, self._attend_to_video, *inputs, tokens)
-        x = fused.gated_residual(x, attention.gate, self._drop(attended, 0, dropout_seeds, tokens))
-        attended = offload.run("cross_attention", self.config, self._attend_to_text, x, text, hidden_text)
+        x = self._gated(x, attention.gate, self._drop(attended, 0, dropout_seeds, tokens), tokens)
+        attended = offload.run("cross_attention", self.config, self._attend_to_text, x, text, hidden_text, tokens)
         x = x + self._drop(attended, 1, dropout_seeds, tokens)
         inputs = (x, feed_forward.shift, feed_forward.scale)
-        fed = offload.run("mlp", self.config, self._feed_forward, *inputs)
-        return fused.gated_residual(x, feed_forward.gate, self._drop(fed, 2, dropout_seeds, tokens))
+        fed = offload.run("mlp", self.config, self._feed_forward, *inputs, tokens)
+        return self._gated(x, feed_forward.gate, self._drop(fed, 2, dropout_seeds, tokens), tokens)
 
     def _attend_to_video(self, x: Tensor, shift: Tensor, scale: Tensor, tokens: TokenLayout) -> Tensor:
         recomputed = "core_attn" in self.recomputed_modules
-        attended: Tensor = self.self_attention(self.norm1(x, shift, scale), tokens.rope, tokens.count, recomputed)
+        samples = None if tokens.packing is None else tokens.packing.video
+        normed = _modulated(self.norm1, [x], [shift, scale], tokens)
+        attended: Tensor = self.self_attention(normed, tokens.rope, tokens.count, recomputed, samples)
         return attended
 
-    def _attend_to_text(self, x: Tensor, text: Tensor, hidden_text: Tensor | None) -> Tensor:
-        return self._recomputable("cross_attention", self.cross_attention, x, text, hidden_text)
+    def _attend_to_text(self, x: Tensor, text: Tensor, hidden_text: Tensor | None, tokens: TokenLayout) -> Tensor:
+        def attend(x: Tensor, text: Tensor, hidden_text: Tensor | None) -> Tensor:
+            attended: Tensor = self.cross_attention(x, text, hidden_text, tokens.packing)
+            return attended
 
-    def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self._recomputable("cross_attention", attend, x, text, hidden_text)
+
+    def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, tokens: TokenLayout) -> Tensor:
         def feed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            fed: Tensor = self.mlp(self.norm2(x, shift, scale))[0]
+            fed: Tensor = self.mlp(_modulated(self.norm2, [x], [shift, scale], tokens))[0]
             return fed
 
         return self._recomputable("mlp", feed, x, shift, scale)
+
+    @staticmethod
+    def _gated(x: Tensor, gate: Tensor, branch: Tensor, tokens: TokenLayout) -> Tensor:
+        def add(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+            return fused.gated_residual(x, gate, branch)
+
+        return _modulated(add, [x, branch], [gate], tokens)
 
     def _recomputable(self, name: str, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         recomputed = name in self.recomputed_modules
@@ -102,3 +116,12 @@ class DiTLayer(MegatronModule):
             return branch
         place = 3 * self.layer_number + index
         return keyed_dropout(branch, self.config.hidden_dropout, seeds, place, tokens.first)
+
+
+def _modulated(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], modulations: Sequence[Tensor], tokens: TokenLayout
+) -> Tensor:
+    """`function(*inputs, *modulations)`: of tokens [s, b, D] and modulations [1, b, D], each sample with its own."""
+    if tokens.packing is None:
+        return function(*inputs, *modulations)
+    return by_sample(function, inputs, modulations, tokens.packing.held)

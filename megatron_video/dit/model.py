@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,8 @@ from megatron_video.dit.context_parallel import RINGS, TokenLayout
 from megatron_video.dit.embedders import PatchEmbedding, TextProjection, TimeConditioning, padded_text
 from megatron_video.dit.layer import DiTLayer
 from megatron_video.dit.norms import mark_sequence_parallel
-from megatron_video.dit.rope import build_rope
+from megatron_video.dit.packing import Packing, by_sample, cuts
+from megatron_video.dit.rope import Rope, build_rope, joined
 from megatron_video.dit.specs import LayerSpec
 from megatron_video.dit.stage import Stage
 from megatron_video.errors import UserError
@@ -88,15 +89,18 @@ class VideoDiT(MegatronModule):
 
     def forward(
         self,
-        latents: Tensor,
-        timestep: Tensor,
-        llm_states: Tensor,
-        clip_states: Tensor | None = None,
-        text_lengths: Tensor | None = None,
-        fps: Tensor | None = None,
+        latents: Any,
+        timestep: Any,
+        llm_states: Any,
+        clip_states: Any = None,
+        text_lengths: Any = None,
+        fps: Any = None,
         dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | list[Tensor]:
         """Predict the velocity data - noise at `latents`.
+
+        Every argument but the last may be a list, with an entry for every part: then all samples of all parts share one
+        sequence, without seeing each other, and a list of velocities is returned. Text lengths are given on the host.
 
         Args:
             latents: noised latents [b, T, C, h, w]; later stages read only their shape.
@@ -112,17 +116,63 @@ class VideoDiT(MegatronModule):
         Raises:
             UserError: latents whose height or width is not a multiple of the patch size.
         """
+        if not isinstance(latents, Tensor):
+            return self._forward_packed(latents, timestep, llm_states, clip_states, text_lengths, fps)
         grid = self._patched_grid(latents)
         embedding, modulation = self.time_conditioning(timestep, grid, fps)
         text = self.text_projection(llm_states, clip_states)
         text, hidden_text = padded_text(text, text_lengths, self.token_multiple)
-        x = self._embed(latents) if self.stage.is_first else self._received()
-        layout = self._token_layout(grid, text.dtype, text.device)
+        x = self._embed(self._patches(latents)) if self.stage.is_first else self._received()
+        layout = self._token_layout(self._rope(grid, text))
         if self.activation_watch is not None and self.stage.is_first:
             self.activation_watch("patch_embedding", x, layout)
         inputs = (modulation, text, hidden_text, self._checked_seeds(dropout_seeds))
         x = self._run_layers(x, *inputs, tokens=layout)
-        return self._predict(x, embedding, grid) if self.stage.is_last else x
+        return self._velocity(self._predict(x, embedding, layout), grid) if self.stage.is_last else x
+
+    def _forward_packed(
+        self,
+        latents: Sequence[Tensor],
+        timestep: Sequence[Tensor],
+        llm_states: Sequence[Tensor],
+        clip_states: Sequence[Tensor | None],
+        text_lengths: Sequence[Tensor],
+        fps: Sequence[Tensor | None],
+    ) -> Tensor | list[Tensor]:
+        """`forward` of several parts as one sequence of their samples."""
+        if self.training and self.dit_config.hidden_dropout > 0:
+            raise ValueError(
+                f"hidden_dropout={self.dit_config.hidden_dropout}: its masks are not those of packed samples"
+            )
+        grids = [self._patched_grid(part) for part in latents]
+        conditions = [self.time_conditioning(*part) for part in zip(timestep, grids, fps, strict=True)]
+        embedding, modulation = (torch.cat(each) for each in zip(*conditions, strict=True))
+        texts = [
+            # Visible tokens alone, so that no key needs to be hidden.
+            text[:length, row]
+            for llm, clip, lengths in zip(llm_states, clip_states, text_lengths, strict=True)
+            for text in [self.text_projection(llm, clip)]
+            for row, length in enumerate(lengths.tolist())
+        ]
+        text, _ = padded_text(torch.cat(texts).unsqueeze(1), None, self.token_multiple)
+        ropes = [self._rope(grid, text) for grid, part in zip(grids, latents, strict=True) for _ in part]
+        layout = self._token_layout(joined(ropes), [len(rope.cos) for rope in ropes], [len(each) for each in texts])
+        x = self._embed_all(latents) if self.stage.is_first else self._received()
+        if self.activation_watch is not None and self.stage.is_first:
+            self.activation_watch("patch_embedding", x, layout)
+        x = self._run_layers(x, modulation, text, None, None, tokens=layout)
+        if not self.stage.is_last:
+            return x
+        out = self._predict(x, embedding, layout)[: layout.count]
+        sizes = [len(part) * math.prod(grid) for part, grid in zip(latents, grids, strict=True)]
+        return [
+            self._velocity(tokens.view(len(part), -1, tokens.shape[-1]).transpose(0, 1), grid)
+            for tokens, part, grid in zip(out.split(sizes), latents, grids, strict=True)
+        ]
+
+    def _embed_all(self, latents: Sequence[Tensor]) -> Tensor:
+        """[b, T, C, h, w] each -> this rank's tokens [s, 1, D] of all samples behind one another."""
+        return self._embed(torch.cat([self._patches(part).transpose(0, 1).flatten(0, 1) for part in latents])[:, None])
 
     def padded_tokens(self, tokens: int) -> int:
         """`tokens` rounded up so that every rank gets equally many, and as many as FP8 and a ring can handle."""
@@ -170,12 +220,15 @@ class VideoDiT(MegatronModule):
             output: Tensor = layer(*inputs, tokens=tokens)
         return output
 
-    def _embed(self, latents: Tensor) -> Tensor:
-        """[b, T, C, h, w] -> this rank's tokens [s, b, D], t major, then row, then column."""
+    def _patches(self, latents: Tensor) -> Tensor:
+        """[b, T, C, h, w] -> [tokens, b, C * p * p], t major, then row, then column."""
         p = self.dit_config.patch_size
         b, t, c, h, w = latents.shape
         patches = latents.view(b, t, c, h // p, p, w // p, p).permute(1, 3, 5, 0, 2, 4, 6)
-        patches = patches.reshape(t * (h // p) * (w // p), b, c * p * p)
+        return patches.reshape(t * (h // p) * (w // p), b, c * p * p)
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        """[tokens, b, C * p * p] -> this rank's tokens [s, b, D]."""
         patches = F.pad(patches, (0, 0, 0, 0, 0, self.padded_tokens(len(patches)) - len(patches)))
         patches = patches.chunk(self.groups.cp.size())[self.groups.cp.rank()]
         if self.config.sequence_parallel:
@@ -187,17 +240,26 @@ class VideoDiT(MegatronModule):
         assert self._input_tensor is not None, "set_input_tensor must come before forward on a later stage"
         return self._input_tensor
 
-    def _predict(self, x: Tensor, embedding: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _predict(self, x: Tensor, embedding: Tensor, layout: TokenLayout) -> Tensor:
+        """This rank's tokens [s, b, D] -> all tokens [s, b, p * p * C], padding included."""
         assert self.head is not None
         if self.config.sequence_parallel:
             # The head sees this rank's tokens only, so the embedding's gradient is summed over the ranks.
             embedding = copy_to_tensor_model_parallel_region(embedding, group=self.groups.tp)
-        out = self.head(x, embedding)
+        if layout.packing is None:
+            out = self.head(x, embedding)
+        else:
+            head = self.head
+            out = by_sample(lambda x, own: head(x, own[0]), [x], [embedding[None]], layout.packing.held)
         if self.config.sequence_parallel:
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.groups.tp)
         # Every context-parallel rank computes the whole loss, so gradients and counts come out times their number.
         if self.groups.cp.size() > 1:
             out = gather_from_sequence_parallel_region(out, group=self.groups.cp)
+        return out
+
+    def _velocity(self, out: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[s, b, p * p * C] -> [b, T, C, h, w], without the padding."""
         t, rows, columns = grid
         p, b = self.dit_config.patch_size, out.shape[1]
         out = out[: t * rows * columns].view(t, rows, columns, b, p, p, -1)
@@ -212,15 +274,23 @@ class VideoDiT(MegatronModule):
     def _sequence_parts(self) -> int:
         return self.groups.tp.size() if self.config.sequence_parallel else 1
 
-    def _token_layout(self, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> TokenLayout:
-        tokens = grid[0] * grid[1] * grid[2]
-        padded, cp = self.padded_tokens(tokens), self.groups.cp
+    def _rope(self, grid: tuple[int, int, int], like: Tensor) -> Rope:
         split = tuple(self.dit_config.rope_channel_split or ())
-        rope = build_rope(grid, split, dtype, device, self.dit_config.released_precision)
-        first = cp.rank() * padded // cp.size()
+        return build_rope(grid, split, like.dtype, like.device, self.dit_config.released_precision)
+
+    def _token_layout(self, rope: Rope, videos: Sequence[int] | None = None, texts: Sequence[int] = ()) -> TokenLayout:
+        """This rank's tokens of a sequence with these rotary tables; `videos`, `texts`: of samples that share it."""
+        tokens, cp = len(rope.cos), self.groups.cp
+        padded = self.padded_tokens(tokens)
+        gathered = first = cp.rank() * padded // cp.size()
+        held = padded // cp.size() // self._sequence_parts()
         if self.config.sequence_parallel:
-            first += self.groups.tp.rank() * padded // cp.size() // self.groups.tp.size()
-        return TokenLayout(rope.of_rank(padded, cp.rank(), cp.size()), tokens, first)
+            first += self.groups.tp.rank() * held
+        packing = None
+        if videos is not None:
+            all_held = cuts(videos, first, held), cuts(videos, gathered, padded // cp.size())
+            packing = Packing(tuple(videos), tuple(texts), *all_held)
+        return TokenLayout(rope.of_rank(padded, cp.rank(), cp.size()), tokens, first, packing)
 
     def _checked_seeds(self, seeds: Tensor | None) -> Tensor | None:
         if not self.training or self.dit_config.hidden_dropout == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +39,12 @@ class Rope:
             first, second = part.chunk(2, dim=-1)
             halves += [second, first]
         return x * self.cos + torch.cat(halves, dim=-1) * self.sin
+
+
+def joined(ropes: Sequence[Rope]) -> Rope:
+    """Tables of sequences that lie behind one another."""
+    cos, sin = (torch.cat(tables) for tables in zip(*((rope.cos, rope.sin) for rope in ropes), strict=True))
+    return Rope(cos, sin, ropes[0].split)
 
 
 @lru_cache(maxsize=64)

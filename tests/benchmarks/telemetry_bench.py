@@ -169,7 +169,7 @@ class Bench:
         _, frames, _, height, width = self.batches[0].latents.shape
         tokens = frames * height * width
         hidden = torch.randn(tokens, 1, dit.config.hidden_size, dtype=dit.config.params_dtype, device=self.place)
-        layout = dit._token_layout((frames, height, width), hidden.dtype, self.place)
+        layout = dit._token_layout(dit._rope((frames, height, width), hidden))
         return hidden, layout
 
     def _train(self, probe: LayerProbe | None) -> StepResult:

@@ -53,6 +53,8 @@ class LayoutCase:
     data_parallel_size: int = 1
     single_samples: bool = False
     """Cut the micro-batches into single samples: more accumulation, the same global batch."""
+    pack_positions: int | None = None
+    """Join micro-batches into sequences of at most so many latent positions."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the Workload that this row needs different."""
     short: bool = False
@@ -234,6 +236,17 @@ LAYOUTS: tuple[LayoutCase, ...] = (
     LayoutCase("dropout_tp2_sp_cp2_dp2_zero1", _tp_sp(2) | _cp(2) | ZERO1_OVERLAP, 2, changes=DROPOUT),
     LayoutCase("dropout_tp2_sp_dp2_fsdp_recompute_full", _tp_sp(2) | FSDP | FULL, 2, changes=DROPOUT),
     LayoutCase("dropout_accumulation_dp2", {}, 2, single_samples=True, changes=DROPOUT),
+    # Several micro-batches in one sequence: all eight of 496 positions, or up to three.
+    LayoutCase("packed", {}, pack_positions=500, short=True, short_bf16=True),
+    LayoutCase("packed_recompute_full", FULL, pack_positions=150),
+    LayoutCase("packed_recompute_sel", SELECTIVE, pack_positions=500),
+    LayoutCase("packed_tp2_sp", _tp_sp(2), pack_positions=150, short=True),
+    LayoutCase("packed_tp4_sp", _tp_sp(4), pack_positions=500),
+    LayoutCase("packed_pp2", _pp(2), pack_positions=150, short=True),
+    LayoutCase("packed_cp2_a2a", _cp(2), pack_positions=500, short=True),
+    LayoutCase("packed_dp3_zero1_overlap", ZERO1_OVERLAP, 3, pack_positions=150),
+    LayoutCase("packed_tp2_sp_pp2_cp2", _tp_sp(2) | _pp(2) | _cp(2), pack_positions=150),
+    LayoutCase("packed_tp2_sp_pp2_dp2_zero1", _tp_sp(2) | _pp(2) | ZERO1, 2, pack_positions=150, short=True),
     # Transformer Engine, where there are GPUs enough; compared with Transformer Engine on one GPU.
     LayoutCase("te_recompute_full", TE | FULL),
     LayoutCase("te_offload", TE | {"fine_grained_activation_offloading": True}),

@@ -82,7 +82,9 @@ class Session:
             set_learning_rate(self.optimizer, SETTINGS.learning_rate, SETTINGS.weight_decay)
             # On the last step alone, as it is made seldom in a run.
             probe = LayerProbe(self.model, self.optimizer) if step == steps - 1 else None
-            results.append(train_step(self.model, self.optimizer, ours, probe=probe))
+            results.append(
+                train_step(self.model, self.optimizer, ours, probe=probe, pack_positions=self.layout.pack_positions)
+            )
             self.ema.update()
         losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
         return Report(losses, norms, _telemetry(results[-1]), self.chunks[0].groups.tp.rank(), self._tensors())
