@@ -7,11 +7,13 @@ needs the training threads, so a checkpoint is complete as soon as its last file
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,12 +31,11 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_video.config_io import save_config
 from training.checkpoint_config import CheckpointConfig
+from training.checkpoint_disk import GIGABYTE, describe, make_folder, wait_until_visible
 from training.checkpoint_files import (
     CONFIG_FILE,
     WRITING_SUFFIX,
     WRITTEN,
-    StoredFile,
-    find_lack,
     stored_file,
     sync,
     write_state,
@@ -55,11 +56,6 @@ from training.ema import EMA
 if TYPE_CHECKING:
     from training.checkpoint import TrainState
 
-GIGABYTE = 1e9
-# Room for metadata and configuration beside the tensors.
-_SPARE_BYTES = 1 << 20
-# Network file systems may show one node the files of another this late.
-VISIBLE_SECONDS = 90.0
 # The watchdog leaves these groups out: how many messages their threads have sent says nothing about training.
 SAVE_GROUP = "checkpoint saves"
 _log = logging.getLogger(__name__)
@@ -160,12 +156,6 @@ class CheckpointSaver:
         """Whether a save is under way on this rank."""
         return self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
 
-    @property
-    def failed(self) -> bool:
-        """Whether this rank knows of a failed save for which the run is to end: `save` and `finish` raise it."""
-        report = self._job.report if self._job else None
-        return report is not None and report.error is not None and self._settings.on_error == "stop"
-
     def save(
         self,
         model: list[DistributedDataParallel],
@@ -185,6 +175,18 @@ class CheckpointSaver:
         """
         asked = time.perf_counter()
         self.wait()
+        with _no_garbage_collection():
+            return self._begin(model, optimizer, state, config, ema, asked)
+
+    def _begin(
+        self,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        state: TrainState,
+        config: Any,
+        ema: EMA | None,
+        asked: float,
+    ) -> Path:
         started = time.perf_counter()
         target = step_folder(self._run_dir, state.step)
         writing = target.with_name(target.name + WRITING_SUFFIX)
@@ -267,7 +269,7 @@ class CheckpointSaver:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         need = torch.tensor(own_bytes, dtype=torch.int64, device=device)
         dist.all_reduce(need)
-        refusal = [_make_folder(writing, int(need)) if self._leads else None]
+        refusal = [make_folder(writing, int(need)) if self._leads else None]
         dist.broadcast_object_list(refusal, src=0)
         return refusal[0]
 
@@ -286,7 +288,7 @@ class CheckpointSaver:
         try:
             written, error = job.share.write(), None
         except Exception as failure:  # every rank must get to the exchange below
-            written, error = WrittenShare(), f"rank {dist.get_rank()}: {_describe(failure, job.writing, need)}"
+            written, error = WrittenShare(), f"rank {dist.get_rank()}: {describe(failure, job.writing, need)}"
         shares: list[Any] | None = [None] * dist.get_world_size() if self._leads else None
         dist.gather_object((written, error), shares, group=self._group)
         verdict: list[Any] = [self._conclude(job, shares) if shares is not None else None]
@@ -306,7 +308,7 @@ class CheckpointSaver:
                 blocked = job.blocked_seconds if job.thread else seconds
                 return SaveReport(job.target, step, seconds, blocked, job.waited_seconds, size, count, deleted)
         except Exception as failure:
-            errors = [_describe(failure, job.writing, 0)]
+            errors = [describe(failure, job.writing, 0)]
         shutil.rmtree(job.writing, ignore_errors=True)
         return SaveReport(job.target, step, error="; ".join(errors))
 
@@ -315,7 +317,7 @@ class CheckpointSaver:
         save_format(CheckpointingConfig(FORMAT, FORMAT_VERSION), str(job.writing))
         save_config(job.config, job.writing / CONFIG_FILE)
         files = {name: file for share in shares for name, file in share.files.items()}
-        _wait_until_visible(job.writing, files)
+        wait_until_visible(job.writing, files)
         for path in sorted(job.writing.iterdir()):
             if path.name not in files:  # written by this rank alone, small
                 sync(path)
@@ -337,56 +339,20 @@ class CheckpointSaver:
         return dist.new_group(backend="gloo", timeout=timeout, group_desc=SAVE_GROUP)
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Describing thousands of tensors would start a collection of everything the process holds, which takes longer than
+    their copy; what the descriptions take is given back when they go."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _bytes_to_write(tensors: dict[str, Any]) -> int:
     """What this rank would write if nothing were shared out: over all ranks, the size of the checkpoint."""
     held = (value for value in nested_values(tensors) if isinstance(value, ShardedTensor))
     return sum(value.data.nbytes for value in held if is_main_replica(value.replica_id))
-
-
-def _make_folder(writing: Path, need: int) -> str | None:
-    """A new, empty folder with room for `need` bytes; else why not."""
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        free = shutil.disk_usage(writing).free
-        if free < need + _SPARE_BYTES:
-            shutil.rmtree(writing, ignore_errors=True)
-            return f"no room in {writing.parent}: {_gigabytes(need)} needed, {_gigabytes(free)} free"
-        # A quota, or a file system that is read-only, shows with the first byte.
-        probe = writing / "probe"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        return _describe(error, writing, need)
-    return None
-
-
-def _wait_until_visible(writing: Path, files: dict[str, StoredFile], seconds: float = VISIBLE_SECONDS) -> None:
-    """Until this node sees the files of the other nodes as they wrote them.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    deadline = time.monotonic() + seconds
-    while lack := find_lack(writing, files):
-        if time.monotonic() >= deadline:
-            raise RuntimeError(
-                f"rank 0 does not see what other ranks wrote ({writing}: {lack}); run.output_dir must be on a file "
-                "system that all nodes share"
-            )
-        time.sleep(0.1)
-
-
-def _describe(error: Exception, writing: Path, need: int) -> str:
-    if not isinstance(error, OSError):
-        return f"{type(error).__name__}: {error}"
-    place = next((folder for folder in (writing, *writing.parents) if folder.exists()), Path("/"))
-    needed = f", {_gigabytes(need)} needed by this rank" if need else ""
-    return (
-        f"cannot write {error.filename or writing}: {error.strerror}; "
-        f"{_gigabytes(shutil.disk_usage(place).free)} free there{needed}"
-    )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / GIGABYTE:.3f} GB"

@@ -32,6 +32,7 @@ from tiny_shards import MODEL_OVERRIDES, write_tiny_shards
 from checkpoints_tools.verify import verify
 from training.checkpoint_files import STATE_FILE
 from training.checkpoint_folders import newest_checkpoint, recover
+from training.telemetry import git_revision
 
 SAVE_EVERY = 2
 # Large enough that a save takes long, small enough that steps do not.
@@ -268,8 +269,11 @@ def main() -> int:
             campaign = Campaign(Path(folder), ranks, arguments.steps, arguments.seed + number)
             reports.append(campaign.run(share, lambda line: print(line, flush=True)))
         print(reports[-1].summary(), flush=True)
-    content = [asdict(report) | {"summary": report.summary(), "wrong": report.wrong} for report in reports]
-    arguments.report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    campaigns = [
+        {"code": git_revision(), "summary": report.summary(), "wrong": report.wrong, **asdict(report)}
+        for report in reports
+    ]
+    arguments.report.write_text(json.dumps({"campaigns": campaigns}, indent=1) + "\n", encoding="utf-8")
     return int(any(report.wrong for report in reports))
 
 
