@@ -105,7 +105,7 @@ def read_run(folder: Path) -> RunRecords:
     """Read the records of a run.
 
     Raises:
-        UserError: the folder holds no run, or one that has not done a step yet.
+        UserError: the folder holds no run, one that has not done a step yet, or one of an older version.
     """
     lives = read_lives(folder)
     table = step_table(metric_lines(folder / METRICS_FILE), {life["life"]: life["first_step"] for life in lives})
@@ -150,18 +150,27 @@ def metric_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parsed_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of `lines`; what is none, such as a line torn by a kill, is left out."""
+    """The JSON objects of `lines`; what is none, such as a line torn by a kill, is left out.
+
+    Raises:
+        UserError: lines of an older version, which did not tell times.
+    """
     for line in lines:
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and "step" in values:
+            if "time" not in values:
+                raise UserError(
+                    f"{METRICS_FILE} has lines without a time: an older version wrote them, and `watch` and `report` "
+                    "cannot read them; start the run in a new folder, or train with that version to its end"
+                )
             yield values
 
 
 def step_table(lines: Iterable[dict[str, Any]], first_steps: Mapping[int, int]) -> StepTable:
-    """Columns of `lines`. Numbers that a line lacks, being of an older version, are NaN.
+    """Columns of `lines`.
 
     Args:
         lines: of metrics.jsonl, in order.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_video import __version__
 from megatron_video.config_io import save_config
+from megatron_video.files import appearing
 from training.memory_use import MemoryUse, largest_memory_use
 from training.time_bins import TIME_BINS, bin_label
 
@@ -101,7 +102,9 @@ class Telemetry:
             from torch.utils.tensorboard import SummaryWriter
 
             run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, run_dir / "config.yaml")
+            # Whole at any moment: `watch` reads it while the job starts again.
+            with appearing(run_dir / "config.yaml") as temporary:
+                save_config(config, temporary)
             write_json(run_dir / "status.json", {"state": "running", "step": first_step})
             self.life = record_life(run_dir, first_step)
             self._lines = open_lines(run_dir / "metrics.jsonl")

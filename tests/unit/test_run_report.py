@@ -205,6 +205,15 @@ def test_a_run_without_a_step_is_named(folder: Path, capsys: pytest.CaptureFixtu
     assert "none yet" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [report.main, watch.main])
+def test_records_of_an_older_version_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], int]
+) -> None:
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "life": 1}\n')
+    assert run_command(command, [str(folder), *(["--once"] if command is watch.main else [])]) == 2
+    assert "an older version wrote them" in capsys.readouterr().err
+
+
 def test_watch_shows_several_runs_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(watch.main, ["--once", str(folder), str(folder)]) == 0
     shown = capsys.readouterr().out
