@@ -52,7 +52,7 @@ def write_tiny_vae(folder: Path) -> Path:
     return folder / "vae"
 
 
-def write_tiny_run(folder: Path, seed: int = 0) -> Path:
+def write_tiny_run(folder: Path, seed: int = 0, encoders: dict[str, str] | None = None) -> Path:
     """`folder`/run with a checkpoint after step 7 of a DiT in which every parameter counts."""
     parallel = ParallelConfig()
     initialize_parallel(parallel, seed=0, device_info=device.initialize())
@@ -67,7 +67,7 @@ def write_tiny_run(folder: Path, seed: int = 0) -> Path:
             data=DataConfig(shards=["none"]),
             training=TrainingConfig(precision="fp32"),
         )
-        save_checkpoint(folder / "run", model, optimizer, TrainState(step=7), config)
+        save_checkpoint(folder / "run", model, optimizer, TrainState(step=7, encoders=encoders or {}), config)
     finally:
         destroy_parallel()
     return folder / "run"

@@ -33,6 +33,7 @@ from training.skipped_data import add_windows
 from training.startup import describe_changes, describe_run
 from training.stop_signal import StopSignal
 from training.telemetry import Telemetry
+from training.trained_encoders import encoders_of
 from training.trainer import Trainer
 
 # Names of training.precision.
@@ -73,6 +74,8 @@ def build_trainer(
         take_initial_optimizer(config.run, model, optimizer)
     ema = build_ema(config.ema, optimizer)
     state = checkpoint.load_checkpoint(found, model, optimizer, ema) if found else TrainState(data_plan=identity)
+    # Also in a run that was begun before checkpoints said so.
+    state.encoders = encoders_of(data.datasets[0].rows.info)
     state.skipped_data = add_windows(config.faults.skip_data_steps, state.skipped_data, state.step)
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.

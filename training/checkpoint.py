@@ -69,6 +69,8 @@ class TrainState:
     """Samples drawn from every bucket so far."""
     data_plan: dict[str, Any] = field(default_factory=dict)
     """What the order of the data depends on; a resume with another plan is refused."""
+    encoders: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the encoders that the shards were made with, "vae" and "text"."""
 
 
 def save_checkpoint(

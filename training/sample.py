@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ def main(argv: Sequence[str]) -> int:
     from training.sample_folder import SampleFolder
 
     job = prepare(arguments, device)
-    folder = SampleFolder(arguments.out, settings(job), job.prompts, is_image=arguments.frames == 1)
+    chosen = settings(job)
+    if not arguments.other_encoders:
+        _compare_encoders(job, chosen)
+    folder = SampleFolder(arguments.out, chosen, job.prompts, is_image=arguments.frames == 1)
     try:
         initialize_parallel(job.parallel, seed=0, device_info=device)
         made = sample(job, folder)
@@ -138,6 +142,14 @@ def settings(job: Job) -> dict[str, Any]:
         "round_noise_to_bf16": arguments.round_noise_to_bf16,
         **{name: getattr(arguments, name) for name in names},
     }
+
+
+def _compare_encoders(job: Job, chosen: dict[str, Any]) -> None:
+    from training.trained_encoders import check_encoders
+
+    unknown = check_encoders(job.checkpoint, chosen, {"vae": job.arguments.vae, "text": job.arguments.text})
+    if unknown and int(os.environ.get("RANK", "0")) == 0:
+        print(unknown, file=sys.stderr)
 
 
 def sample(job: Job, folder: SampleFolder) -> int:
@@ -253,6 +265,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="run folder (its newest checkpoint) or checkpoint folder")
     add("--vae", type=Path, required=True, help="Video-VAE folder, or released .safetensors file")
     add("--text", type=Path, required=True, help="folder with the text encoders: clip/ and step_llm/ in it")
+    add("--other-encoders", action="store_true", help="use --vae and --text though the shards were made with others")
     add("--prompts", type=Path, required=True, help='.txt, one a line, or .jsonl with {"prompt": ..., "seed": ...}')
     add("--out", type=Path, required=True, help="folder for videos, contact sheets, samples.jsonl, tensorboard/")
     add("--frames", type=int, default=204, help="1 (image) or a multiple of 17 (default: %(default)s)")

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_video.cli import run_command
 from training.checkpoint import step_folder
 from training.pretrain import main
+from training.trained_encoders import trained_encoders
 
 pytestmark = pytest.mark.distributed
 
@@ -123,6 +124,8 @@ def test_what_a_run_leaves(folder: Path, uninterrupted: dict[int, dict[str, Any]
         "step_00000040",
     ]
     assert json.loads((run_dir / "status.json").read_text()) == {"state": "finished", "step": STEPS}
+    # Fingerprints of the encoders that the shards were made with: `sample` compares them.
+    assert trained_encoders(run_dir / "checkpoints" / "step_00000040") == {"vae": "vae", "text": "text"}
     life = json.loads((run_dir / "run_info.json").read_text())["lives"][0]
     assert life["world_size"] == 2
     assert life["packages"]["megatron-core"]
