@@ -12,6 +12,7 @@ import torch
 
 # In the order in which a step passes them: of two ranks in one step, the one in the earlier part is behind.
 PHASES = ("start", "data", "forward_backward", "reduce", "agree", "update", "report", "checkpoint", "validation")
+STEP_PHASES = ("data", "forward_backward", "reduce", "agree", "update", "report")
 # Their work is queued on the device, so that the host's clock says little about it.
 DEVICE_PHASES = ("forward_backward", "reduce", "agree", "update")
 
@@ -40,6 +41,8 @@ class Phases:
         self.is_first_step = True
         self.listeners: list[Callable[[str], None]] = []
         """Called with every phase that begins, from the training thread."""
+        self.times_device = False
+        """Whether device phases are timed; somebody must then call take_seconds now and then."""
         self._on_device = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         # Ends and beginnings of device phases; read when they are long past.
@@ -55,7 +58,7 @@ class Phases:
         if not self._on_device or before.phase not in DEVICE_PHASES:
             self._seconds[before.phase] += now - before.since
         self._tell(phase)
-        if self._on_device and (phase in DEVICE_PHASES or before.phase in DEVICE_PHASES):
+        if self._on_device and self.times_device and (phase in DEVICE_PHASES or before.phase in DEVICE_PHASES):
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append((phase, event))

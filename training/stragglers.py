@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.fault_config import FaultConfig
-from training.phases import PHASES, Phases
+from training.phases import PHASES, STEP_PHASES, Phases
 from training.rank_table import RankPlace, RankTable
 
 # Phases before the first collective that waits for other replicas, and the probe.
@@ -69,28 +69,35 @@ class StragglerWatch:
     def __init__(self, config: FaultConfig, phases: Phases, table: RankTable, device: torch.device) -> None:
         self.config, self.phases, self.table, self.device = config, phases, table, device
         self.probe = Probe(device)
-        self._first_step: int | None = None
+        # Counted here: step numbers come again when the run goes back behind a spike.
+        self._steps = 0
+        self._is_first_step = True
+        phases.times_device = self._is_on
         self._gathered: Tensor | None = None
 
     def after_step(self, step: int) -> list[Straggler]:
         """Call it on all ranks after every step, with the steps done; the slow ranks, when rank 0 has just compared."""
         found = self._compare() if self._gathered is not None else []
-        every = self.config.straggler_every
-        if every is None or len(self.table.places) == 1:
+        if not self._is_on:
             return found
-        if self._first_step is None:
+        if self._is_first_step:
             # The first step of a life compiles, and fills the loader.
-            self._first_step = step
+            self._is_first_step = False
             self.phases.take_seconds()
-        elif step % every == 0:
-            self._gather(step)
+            return found
+        self._steps += 1
+        if step % (self.config.straggler_every or 1) == 0:
+            self._gather()
         return found
 
-    def _gather(self, step: int) -> None:
-        assert self._first_step is not None
-        seconds, steps = self.phases.take_seconds(), step - self._first_step
-        self._first_step = step
-        own = [seconds[phase] / steps for phase in PHASES] + [self.probe.take_seconds()]
+    @property
+    def _is_on(self) -> bool:
+        return self.config.straggler_every is not None and len(self.table.places) > 1
+
+    def _gather(self) -> None:
+        seconds = self.phases.take_seconds()
+        own = [seconds[phase] / self._steps for phase in PHASES] + [self.probe.take_seconds()]
+        self._steps = 0
         values = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
         self._gathered = values.new_empty(len(self.table.places) * len(own))
         dist.all_gather_into_tensor(self._gathered, values)
@@ -149,7 +156,7 @@ def find_stragglers(
         places: all ranks.
         config: straggler_ratio and straggler_share.
     """
-    step_seconds = statistics.median(sum(times[phase][place.rank] for phase in PHASES) for place in places)
+    step_seconds = statistics.median(sum(times[phase][place.rank] for phase in STEP_PHASES) for place in places)
     found = []
     for phase in COMPARED:
         # A probe is no part of a step; a difference in it counts whatever the step takes.
