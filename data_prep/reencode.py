@@ -12,7 +12,7 @@ from megatron_video.video_probe import frame_times
 
 
 def reencoded(row: Row, folder: Path) -> Row:
-    """Write the clip's frames to FOLDER/CLIP_ID.mp4, one file or none, and return the row of that file.
+    """Write the clip's frames to FOLDER/xx/CLIP_ID.mp4, one file or none, and return the row of that file.
 
     The clip keeps its id, so it is the same clip with every encoder; the last row and column of odd sizes go, as 4:2:0
     colour needs even ones. A file that is there already is taken: its name says what is in it.
@@ -21,11 +21,12 @@ def reencoded(row: Row, folder: Path) -> Row:
         VideoError: the source cannot be read, or is too small.
         OSError: the folder cannot be written.
     """
-    path = folder / f"{row['clip_id']}.mp4"
+    # Two levels: file systems dislike folders with millions of files, and so does the search below.
+    path = folder / row["clip_id"][:2] / f"{row['clip_id']}.mp4"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Of a run that was killed; nobody else writes this clip.
-        for leftover in folder.glob(f".{path.name}.*.tmp"):
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
             leftover.unlink()
         _write(row, path)
     info = probe(path)
