@@ -7,6 +7,7 @@ OUT/contact_sheet.png. `verify` says whether the bytes are whole; this says whet
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from data_prep.devices import find_device
 from data_prep.encode import MANIFEST_FILE
 from data_prep.inspect_plots import write_plots
-from data_prep.stage import stage_parser
+from data_prep.stage import check_folder, stage_parser
 from data_prep.workers import progress
 from megatron_video.buckets import parse_bucket
 from megatron_video.cli import run_command
@@ -87,16 +89,40 @@ class InspectReport:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the command."""
-    parser = stage_parser("inspect", __doc__, "SHARD_FOLDER", "FOLDER", workers=False)
-    parser.add_argument("--vae", type=Path, help="the Video-VAE that encoded them, for the contact sheet")
-    parser.add_argument("--clips", type=int, default=12, help="clips on the contact sheet")
-    parser.add_argument("--sample", type=int, default=1024, help="clips whose latents are read for the statistics")
-    parser.add_argument("--seed", type=int, default=0, help="draws both samples")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = parser.parse_args(argv)
-    report = run(a.source, a.out, a.vae, clips=a.clips, sample=a.sample, seed=a.seed, device=a.device)
-    print(json.dumps(asdict(report), ensure_ascii=False)) if a.json else _print(report, a.out)
+    parser = stage_parser("inspect", __doc__, "SHARD_FOLDER", "FOLDER", workers=False, check=_check_options)
+    add = parser.add_argument
+    add("--vae", type=Path, metavar="PATH", help="the Video-VAE that encoded them, for the contact sheet")
+    add("--clips", type=int, default=12, metavar="N", help="clips on the contact sheet (default: %(default)s)")
+    statistics = "clips whose latents are read for the statistics (default: %(default)s)"
+    add("--sample", type=int, default=1024, metavar="N", help=statistics)
+    add("--seed", type=int, default=0, metavar="N", help="draws both samples (default: %(default)s)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="of the Video-VAE: cpu, cuda, cuda:1 (default here: %(default)s)")
+    arguments = parser.parse_args(argv)
+    report = run(
+        arguments.source,
+        arguments.out,
+        arguments.vae,
+        clips=arguments.clips,
+        sample=arguments.sample,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps(asdict(report), ensure_ascii=False))
+    else:
+        _print(report, arguments.out)
     return 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    _check_numbers(arguments.clips, arguments.sample, arguments.seed)
+
+
+def _check_numbers(clips: int, sample: int, seed: int) -> None:
+    for name, value, least in (("clips", clips, 1), ("sample", sample, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
 
 
 def run(
@@ -117,16 +143,15 @@ def run(
     dataset = ShardDataset(folder)
     if not len(dataset):
         raise UserError(f"{folder} holds no samples; there is nothing to inspect")
-    for name, value in (("--clips", clips), ("--sample", sample)):
-        if value < 1:
-            raise UserError(f"{name} {value} must be at least 1")
+    _check_numbers(clips, sample, seed)
+    check_folder(out, "--out")
+    place = find_device(device)
     if vae is not None:
         _check_vae(dataset, vae)
     latents, truncated = latent_statistics(dataset, drawn(len(dataset), sample, seed))
     buckets = bucket_statistics(dataset)
     tokens = dataset.index["llm_tokens"].to_numpy()
-    out.mkdir(parents=True, exist_ok=True)
-    sheet = None if vae is None else _contact_sheet(dataset, load_vae(vae, device=device), out, clips, seed)
+    sheet = None if vae is None else _contact_sheet(dataset, load_vae(vae, device=place), out, clips, seed)
     info = dataset.dataset_info
     report = InspectReport(
         folder=str(folder),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_video.config_io import build_config, config_dataclass, load_config, save_config
 from megatron_video.errors import UserError
+from megatron_video.files import appearing
 from megatron_video.shard_index_open import open_index
 from megatron_video.shard_schema import DatasetInfo
 from megatron_video.shards import read_info
@@ -44,7 +45,7 @@ class BlendSource:
             ValueError: naming the folder and the value.
         """
         if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight={self.weight} of {self.shards} must not be negative")
+            raise ValueError(f"weight={self.weight} of {self.shards} must be a number of at least 0")
 
 
 @config_dataclass
@@ -123,9 +124,10 @@ def write_blend(path: Path, folders: Sequence[Path], weights: Sequence[float]) -
     blend = build_config(Blend, values, origin=f"--in for {path}")
     _check_encoding(path, blend, folders, infos)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_config(blend, temporary)
-    temporary.replace(path)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a YAML file in it")
+    with appearing(path) as temporary:
+        save_config(blend, temporary)
     return blend
 
 

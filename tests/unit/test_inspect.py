@@ -144,7 +144,11 @@ def test_wrong_blends_are_refused(tmp_path: Path) -> None:
     first = write_tiny_shards(tmp_path / "a", {"17x48x48": 2}, 0)
     second = write_tiny_shards(tmp_path / "b", {"17x48x48": 2}, 1)
     out = tmp_path / "blend.yaml"
-    for weights, complaint in [((-1, 1), "must not be negative"), ((0, 0), "leaves nothing to draw")]:
+    for weights, complaint in [
+        ((-1, 1), "must be a number of at least 0"),
+        ((float("nan"), 1), "a number of at least 0"),
+        ((0, 0), "leaves nothing to draw"),
+    ]:
         with pytest.raises(UserError, match=complaint):
             write_blend(out, [first, second], weights)
     with pytest.raises(UserError, match="twice"):
