@@ -24,7 +24,7 @@ from training.local_ranks import RankPool
 from training.run_plan import plan_run
 
 # 41 samples, 8 a step: every sample is drawn in at least two epochs.
-STEPS = 12
+STEPS = 14
 LAYOUTS = {
     "TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "TP2 CP2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
@@ -69,8 +69,8 @@ def draws(overrides: list[str], rank: int = 0, size: int = 1) -> Iterator[Draw]:
     """What one replica of `size` trains on, in order."""
     steps = step_batches(overrides, rank, size)
     for step in range(STEPS):
-        planned = steps.plan.step(step)[rank::size]
-        for plan, batch in zip(planned, steps[step].batches, strict=True):
+        given = steps[step]
+        for plan, batch in zip(given.planned, given.batches, strict=True):
             for row, (sample, epoch) in enumerate(zip(plan.samples, plan.epochs, strict=True)):
                 yield read_draw(steps.builder.data, batch, row, int(sample), int(epoch))
 
