@@ -177,7 +177,7 @@ def _micro_batch(workload: Workload, number: int, generator: torch.Generator) ->
 def _single_samples(batch: Batch) -> Iterator[Batch]:
     tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
     for index in range(len(batch.latents)):
-        cut = {name: value[index : index + 1] for name, value in tensors.items() if value is not None}
+        cut = {name: value[index : index + 1] for name, value in tensors.items() if isinstance(value, Tensor)}
         yield replace(batch, **cut)
 
 
