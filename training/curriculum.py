@@ -47,9 +47,12 @@ def main(argv: Sequence[str]) -> int:
         plain = {stage.name: config_to_dict(stage.config) for stage in stages}
         print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
         return 0
-    # A mistake in the last stage is to be found now and not after weeks.
-    check_stages(stages, launched_ranks(), Hardware.detect())
-    set_device_environment(stages[0].config.parallel)
+    finished = read_record(Path(curriculum.output_dir))
+    ahead = [stage for stage in stages if stage.name not in finished]
+    # A mistake in the last stage is to be found now and not after weeks; what is finished had its own job.
+    check_stages(ahead, launched_ranks(), Hardware.detect())
+    if ahead:
+        set_device_environment(ahead[0].config.parallel)
     from megatron_video.device import initialize
 
     was_running = dist.is_initialized()
@@ -104,8 +107,7 @@ class Progress:
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             root.mkdir(parents=True, exist_ok=True)
-            path = root / RECORD
-            found = [json.loads(path.read_text())["finished"] if path.exists() else {}]
+            found = [read_record(root)]
         dist.broadcast_object_list(found, src=0)
         return Progress(found[0])
 
@@ -140,6 +142,13 @@ class Progress:
         self.finished[stage.name] = stage.config.training.steps
         if dist.get_rank() == 0:
             write_json(root / RECORD, {"finished": self.finished})
+
+
+def read_record(root: Path) -> dict[str, int]:
+    """Finished stages of a curriculum's folder and their steps, as this process sees them."""
+    path = root / RECORD
+    finished: dict[str, int] = json.loads(path.read_text())["finished"] if path.exists() else {}
+    return finished
 
 
 def check_stages(stages: Sequence[Stage], ranks: int, hardware: Hardware) -> None:
