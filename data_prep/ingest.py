@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,12 +63,16 @@ def run(
     Raises:
         UserError: no media there, or a listing that is damaged or names missing files.
     """
-    entries, tars = find_entries(source)
-    if tars:
-        entries += _entries_of_tars(tars, extract_to or manifest_out.with_suffix(".files"), as_execution(workers))
+    found = find_entries(source)
+    entries = found.entries
+    if found.tars:
+        folder = extract_to or manifest_out.with_suffix(".files")
+        entries = entries + _entries_of_tars(found.tars, folder, as_execution(workers))
     process = functools.partial(_ingest_file, uncaptioned=uncaptioned)
     fingerprint = fingerprint_of(STAGE, {"uncaptioned": uncaptioned}, _digest(entries))
-    return run_parts(STAGE, entries, manifest_out, process, fingerprint, workers, _drop_copies, _lost_file)
+    report = run_parts(STAGE, entries, manifest_out, process, fingerprint, workers, _drop_copies, _lost_file)
+    passed_over = {"passed over": found.passed_over} if found.passed_over else {}
+    return replace(report, details={**report.details, **passed_over})
 
 
 def _entries_of_tars(tars: Sequence[Path], folder: Path, execution: Execution) -> list[Entry]:

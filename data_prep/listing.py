@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,20 @@ class Entry:
     """Why this file cannot be taken, if that is known already."""
 
 
-def find_entries(source: Path) -> tuple[list[Entry], list[Path]]:
-    """All media of a folder or a listing, sorted by path; and the tars that may hold more, sorted too.
+@dataclass(frozen=True)
+class Found:
+    """What a folder, a listing or a tar has to offer."""
+
+    entries: list[Entry] = field(default_factory=list)
+    """Videos and images, sorted by path."""
+    tars: list[Path] = field(default_factory=list)
+    """They may hold more; sorted."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Suffix, "hidden" or "links to folders" -> how many of them are in the folder."""
+
+
+def find_entries(source: Path) -> Found:
+    """All media of a folder or a listing, and its tars.
 
     Raises:
         UserError: nothing there, no media in the folder, or a listing that is damaged or names missing files.
@@ -63,13 +76,13 @@ def find_entries(source: Path) -> tuple[list[Entry], list[Path]]:
     if not source.is_file():
         raise UserError(f"--in {source}: no such folder, listing or tar")
     if is_tar(source.name):
-        return [], [source.absolute()]
+        return Found(tars=[source.absolute()])
     if source.suffix.lower() in MEDIA_SUFFIXES:
         raise UserError(
             f"--in {source} is a single video or image; give its folder, a tar, or a listing ("
             f"{', '.join(LISTING_SUFFIXES)}) that names it"
         )
-    return _sorted_once(_entries_of_listing(source)), []
+    return Found(_sorted_once(_entries_of_listing(source)))
 
 
 def printable(name: str) -> str:
@@ -89,9 +102,8 @@ def detect_language(text: str) -> str:
     return "en" if any(character.isascii() and character.isalpha() for character in text) else "und"
 
 
-def _entries_of_folder(folder: Path) -> tuple[list[Entry], list[Path]]:
-    # os.walk does not follow links to folders, and hidden files are not data.
-    files = [os.path.join(root, n) for root, _, names in os.walk(folder) for n in names if not n.startswith(".")]
+def _entries_of_folder(folder: Path) -> Found:
+    files, passed_over = _files_of(folder)
     listings = sorted(path for path in map(Path, files) if _is_listing(path))
     listed = [entry for path in listings for entry in _entries_of_listing(path)]
     known = {entry.path for entry in listed}
@@ -101,7 +113,26 @@ def _entries_of_folder(folder: Path) -> tuple[list[Entry], list[Path]]:
     tars = sorted(Path(file).absolute() for file in files if is_tar(file))
     if not entries and not tars:
         raise UserError(f"--in {folder}: no videos, images or tars in this folder ({', '.join(MEDIA_SUFFIXES)})")
-    return _sorted_once(entries), tars
+    return Found(_sorted_once(entries), tars, passed_over)
+
+
+def _files_of(folder: Path) -> tuple[list[str], dict[str, int]]:
+    """All files below a folder but hidden ones; and counts of what none of the stages will read."""
+    files: list[str] = []
+    passed_over: Counter[str] = Counter()
+    # Links to folders are not followed: they may lead in a circle.
+    for root, folders, names in os.walk(folder):
+        passed_over["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
+        for name in names:
+            if name.startswith("."):
+                passed_over["hidden"] += 1
+                continue
+            files.append(os.path.join(root, name))
+            if not (
+                name.lower().endswith((*MEDIA_SUFFIXES, *SIDECAR_SUFFIXES, *TAR_SUFFIXES)) or _is_listing(Path(name))
+            ):
+                passed_over[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    return files, {kind: count for kind, count in sorted(passed_over.items()) if count}
 
 
 def _is_listing(path: Path) -> bool:

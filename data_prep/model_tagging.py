@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ import numpy as np
 from data_prep.model_tags import TagBatch, check_files, load_models_config, model_fingerprints
 from data_prep.model_tags.registry import loaded_once
 from data_prep.parts import TableRows
-from data_prep.stage import StageReport, check_output, fingerprint_of, run_parts
+from data_prep.stage import StageReport, check_output, fingerprint_of, lost_row, run_parts
 from data_prep.tag import STAGE, tag_clip
-from data_prep.workers import Execution
+from data_prep.workers import Execution, parallel_map
 from megatron_video.config_io import config_to_dict
 from megatron_video.files import file_sha256
 from megatron_video.manifest import Row, dropped, read_manifest
@@ -71,8 +71,16 @@ def run_with_models(manifest_in: Path, manifest_out: Path, workers: int | Execut
     fingerprint = fingerprint_of(STAGE, settings, file_sha256(manifest_in))
     process = functools.partial(_tag_batch, json.dumps(config_to_dict(config)), json.dumps(prints))
     batches = Batches(rows, config.clips_per_batch)
-    report = run_parts(STAGE, batches, manifest_out, process, fingerprint, workers)
+    lost = functools.partial(redo_one_by_one, process)
+    report = run_parts(STAGE, batches, manifest_out, process, fingerprint, workers, lost=lost)
     return replace(report, rows_in=len(rows), details={**report.details, "models": prints})
+
+
+def redo_one_by_one(process: Callable[[list[Row]], list[Row]], rows: list[Row]) -> list[Row]:
+    """The rows of a batch that killed every process: each alone, so that only the one to blame is dropped."""
+    batches = [[row] for row in rows]
+    done = parallel_map(process, batches, Execution(1), lambda batch: lost_row(STAGE, batch[0]))
+    return [row for result in done for row in result]
 
 
 def _tag_batch(config_json: str, prints_json: str, rows: list[Row]) -> list[Row]:

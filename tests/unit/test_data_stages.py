@@ -143,6 +143,16 @@ def test_ingest_reads_every_kind_of_listing(tmp_path: Path, suffix: str) -> None
     assert [row["caption"] for row in rows_of(tmp_path / "m.parquet")] == ["one, two", "蓝色方块"]
 
 
+def test_what_a_folder_scan_passes_over_is_counted(tmp_path: Path) -> None:
+    folder = clip_folder(tmp_path / "in", {"a": panned(1, 4)})
+    for name in ("notes.MD", "more.md", ".hidden.mp4", "README"):
+        (folder / name).write_text("no video")
+    (folder / "loop").symlink_to(folder)
+    report = ingest.run(folder, tmp_path / "m.parquet")
+    assert (report.rows_in, report.kept) == (1, 1)
+    assert report.details["passed over"] == {".md": 2, "hidden": 1, "links to folders": 1, "no suffix": 1}
+
+
 def test_copies_of_a_file_are_dropped(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "in", {"a": panned(0, 4), "b": panned(0, 4), "c": panned(1, 4)})
     report = ingest.run(folder, tmp_path / "m.parquet")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import STAGES, Pipeline, data, make_pipeline
 
+from data_prep.model_tagging import redo_one_by_one
 from data_prep.stage import execution_of, run_rows, stage_parser
 from data_prep.workers import parallel_map
 from megatron_video.errors import UserError
@@ -159,6 +160,17 @@ def test_one_worker_of_the_command_line_is_a_process_too() -> None:
     arguments = stage_parser("tag", None, spread=True).parse_args(["--in", "a", "--out", "b", "--workers", "1"])
     assert list(parallel_map(die, range(2, 5), execution_of(arguments), lost=lambda number: -number)) == [2, -3, 4]
     assert list(parallel_map(die, [3], execution_of(arguments), lost=lambda number: -number)) == [-3]
+
+
+def kill_batch_reader(rows: list[Row]) -> list[Row]:
+    return [row for one in rows for row in kill_reader(one)]
+
+
+def test_of_a_batch_that_crashes_one_clip_is_dropped() -> None:
+    rows = [{"source": f"/videos/{name}.mp4"} for name in ("a", "crash", "b")]
+    found = redo_one_by_one(kill_batch_reader, rows)
+    assert [row["source"] for row in found] == [row["source"] for row in rows]
+    assert [row.get("dropped_by") for row in found] == [None, "tag", None]
 
 
 def kill_reader(row: Row) -> list[Row]:
