@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +89,20 @@ class Watchdog:
                 self._end_job()
 
     def _end_job(self) -> None:
-        """Report, wait for the others' reports, let one rank say what was found, leave."""
+        try:
+            self._report()
+        except Exception:  # a full disk, say: the job must end all the same
+            _say(f"HANG: {self.table.here} could not report to {self.folder}")
+            traceback.print_exc()
+            faulthandler.dump_traceback(all_threads=True)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        sys.stderr.flush()
+        # The main thread is stuck: nothing that waits for it, such as sys.exit, would come to an end.
+        os._exit(HANG_EXIT_CODE)
+
+    def _report(self) -> None:
+        """Leave report and stacks, let one rank wait for those of all and say what was found."""
         heartbeat = self.phases.heartbeat
         self.folder.mkdir(parents=True, exist_ok=True)
         self._dump_stacks()
@@ -101,11 +115,6 @@ class Watchdog:
         deadline = time.monotonic() + 2 * self.config.hang_grace_seconds
         while not (self.folder / "verdict.json").exists() and time.monotonic() < deadline:
             time.sleep(self.config.hang_poll_seconds / 10)
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        sys.stderr.flush()
-        # The main thread is stuck: nothing that waits for it, such as sys.exit, would come to an end.
-        os._exit(HANG_EXIT_CODE)
 
     def _wait_for_reports(self) -> dict[int, RankReport]:
         deadline = time.monotonic() + self.config.hang_grace_seconds

@@ -92,6 +92,17 @@ def test_a_pipeline_stage_that_holds_the_other_up_is_named(folder: Path) -> None
 
 
 @pytest.mark.heavy
+def test_a_job_ends_also_where_nothing_can_be_written(folder: Path) -> None:
+    sleeping = {"kind": "sleep", "rank": 1, "step": STEP, "seconds": 1000}
+    (folder / "unwritable").mkdir()
+    # A file in the place of the folder: as good as a full disk, also for root.
+    (folder / "unwritable" / "hangs").touch()
+    codes = run_without_launcher(folder, "unwritable", *LIMITS, faults=[sleeping])
+    assert [code for code, _ in codes] == [HANG_EXIT_CODE, HANG_EXIT_CODE], codes
+    assert all("could not report" in output and "most recent call first" in output for _, output in codes)
+
+
+@pytest.mark.heavy
 def test_the_launcher_restarts_a_hung_job(folder: Path) -> None:
     sleeping = {"kind": "sleep", "rank": 1, "step": STEP, "seconds": 1000}
     launch = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
