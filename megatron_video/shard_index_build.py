@@ -147,7 +147,7 @@ class IndexBuilder:
             "rows": survey.rows,
             "key_width": survey.key_width,
             "buckets": list(survey.buckets),
-            "kinds": dict(zip(self._info.captions, survey.kind_counts, strict=False)),
+            "kinds": dict(zip(self._info.captions, survey.kind_counts.tolist(), strict=False)),
             "info": {**asdict(self._info), "shards": [], "files": {}},
             "classes": [asdict(entry) for entry in classes],
             "sections": {name: asdict(section) for name, section in sections.items()},
