@@ -158,11 +158,16 @@ def _entries_of_listing(listing: Path) -> list[Entry]:
 def _entry_of_record(listing: Path, number: int, record: Any) -> Entry:
     if not isinstance(record, dict):
         raise UserError(f"{listing}: entry {number} is not an object with fields, but {record!r}")
-    path, caption = _field(record, "path"), _field(record, "caption")
+    try:
+        path, caption, language, title = (_field(record, name) for name in FIELD_NAMES)
+    except ValueError as error:
+        raise UserError(f"{listing}: entry {number}: {error}") from None
     if not path:
-        raise UserError(f"{listing}: entry {number} has no path; one of the fields {FIELD_NAMES['path']} must name it")
-    place = os.path.abspath(listing.parent / path)
-    return Entry(place, caption, _field(record, "language"), _field(record, "title"))
+        raise UserError(
+            f"{listing}: entry {number} has no path; one of the fields {', '.join(FIELD_NAMES['path'])} must name it, "
+            f"and there are: {', '.join(map(repr, record))}"
+        )
+    return Entry(os.path.abspath(listing.parent / path), caption, language, title)
 
 
 def _entry_of_sidecar(path: Path) -> Entry:
@@ -204,6 +209,8 @@ def _told_by_json(entry: Entry, record: Any) -> Entry:
 def _field(record: dict[str, Any], name: str) -> str | None:
     values = (record[alias] for alias in FIELD_NAMES[name] if record.get(alias) is not None)
     value = next(values, None)
+    if isinstance(value, list | dict):
+        raise ValueError(f"{name} is {value!r}, and not a text")
     # JSON can write halves of surrogate pairs, which no UTF-8 has; whole pairs become their character.
     return None if value is None else str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -221,12 +228,21 @@ def read_records(listing: Path) -> list[Any]:
         # Spreadsheets put a byte order mark in front.
         with open(listing, encoding="utf-8-sig", newline="") as file:
             if listing.suffix == ".csv":
-                return list(csv.DictReader(file))
+                return [_csv_line(listing, n, record) for n, record in enumerate(csv.DictReader(file), start=1)]
             if listing.suffix == ".jsonl":
                 return [_json_line(listing, n, line) for n, line in enumerate(file, start=1) if line.strip()]
     except (UnicodeDecodeError, pa.ArrowInvalid, csv.Error) as error:
         raise UserError(f"{listing} cannot be read as {listing.suffix[1:]}: {error}") from None
     raise UserError(f"{listing}: a listing is one of {', '.join(LISTING_SUFFIXES)}")
+
+
+def _csv_line(listing: Path, number: int, record: dict[str | None, Any]) -> Any:
+    # What is behind the last column has no name.
+    if None in record:
+        raise UserError(
+            f"{listing}: entry {number} has more fields than the first line; put texts with commas in quotes"
+        )
+    return record
 
 
 def _json_line(listing: Path, number: int, line: str) -> Any:

@@ -386,7 +386,8 @@ def test_a_folder_without_videos_is_refused(tmp_path: Path, capsys: pytest.Captu
     [
         (['{"path": "a.mp4", "caption": "x"}', '{"path": "gone.mp4"}', '{"path": "lost.mp4"}'], "gone.mp4, .*lost.mp4"),
         (["{"], "line 1 is not JSON"),
-        (['{"caption": "x"}'], "entry 1 has no path"),
+        (['{"caption": "x"}'], "entry 1 has no path.*there are: 'caption'"),
+        (['{"path": "a.mp4", "caption": ["x", "y"]}'], "entry 1: caption is .*not a text"),
         (["[1]"], "entry 1 is not an object"),
         ([], "empty"),
         (['{"path": "a.mp4", "caption": "x"}', '{"path": "a.mp4", "caption": "y"}'], "two captions"),
@@ -399,6 +400,17 @@ def test_a_wrong_listing_is_refused(tmp_path: Path, lines: Sequence[str], compla
         with pytest.raises(UserError, match=complaint):
             ingest.run(source, tmp_path / "m.parquet")
     assert not (tmp_path / "m.parquet").exists()
+
+
+def test_a_csv_whose_captions_have_commas_without_quotes_is_refused(tmp_path: Path) -> None:
+    clip_folder(tmp_path, {"a": panned(1, 4)})
+    listing = tmp_path / "captions.csv"
+    listing.write_text("path,caption\na.mp4,a dog, a cat\n")
+    with pytest.raises(UserError, match=r"captions.csv: entry 1 has more fields .*quotes"):
+        ingest.run(listing, tmp_path / "m.parquet")
+    listing.write_text('path,caption\na.mp4,"a dog, a cat"\n')
+    assert ingest.run(listing, tmp_path / "m.parquet").kept == 1
+    assert read_manifest(tmp_path / "m.parquet")["caption"].to_pylist() == ["a dog, a cat"]
 
 
 def test_unknown_stages_and_help(capsys: pytest.CaptureFixture[str]) -> None:
