@@ -20,6 +20,7 @@ from training.balance_cost import Costs
 from training.checkpoint import TrainState, read_config
 from training.config import PretrainConfig, RunConfig
 from training.data_mix import group_size
+from training.data_config import DataConfig
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.optimizer import describe_adam
@@ -42,6 +43,7 @@ def describe_run(
     flops = mean_flops(config.model, data)
     yield _batch(config, plan)
     yield _balance(plan, flops, replicas)
+    yield from _data(config.data, data)
     yield from _buckets(config, data, plan, flops)
     yield from _cost(config, data, plan, flops, world)
     # Told by one rank, read by one.
@@ -145,6 +147,23 @@ def _balance(plan: DataPlan, flops: Mapping[str, float], replicas: int) -> str:
     many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     uneven = np.mean([load.max() / load.mean() for load in loads])
     return f"replicas: DP {replicas}, dealt {how}: {many} micro-batches each, max / mean of {unit} {uneven:.3f}"
+
+
+def _data(config: DataConfig, data: TrainingData) -> Iterator[str]:
+    """Where the samples come from, what of them is used, and what becomes of those that cannot be read."""
+    groups, weights = data.groups(), data.source_weights
+    used = {source: sum(len(group) for (name, _), group in groups.items() if name == source) for source in data.sources}
+    weighted = any(group.total_weight is not None for group in groups.values())
+    yield (
+        f"data: {len(data):,} samples in {len(data.datasets)} folder(s), {sum(used.values()):,} of them used"
+        f"{', drawn by their weights' if weighted else ''}; data.max_corrupt_samples={config.max_corrupt_samples}"
+    )
+    for source, weight in zip(data.sources, weights or [], strict=False):
+        yield f"  source {source}: {used[source]:,} samples, {weight / sum(weights or [1]):.1%} of those drawn"
+    for kind, weight in data.caption_weights.items():
+        having = sum(dataset.rows.header["kinds"].get(kind, 0) for dataset in data.datasets)
+        share = weight / sum(data.caption_weights.values())
+        yield f"  caption {kind}: {share:.1%} of the draws of samples that have all kinds; {having:,} samples have it"
 
 
 def _buckets(config: PretrainConfig, data: TrainingData, plan: DataPlan, flops: Mapping[str, float]) -> Iterator[str]:
