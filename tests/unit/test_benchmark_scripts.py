@@ -8,6 +8,7 @@ from typing import Any
 
 import balance_bench
 import block_bench
+import checkpoint_bench
 import cpu_step_bench
 import fused_bench
 import plan_bench
@@ -97,3 +98,16 @@ def test_plan_bench_times_every_preset(tmp_path: Path) -> None:
     assert [row["preset"] for row in rows] == list(plan_bench.PRESETS)
     assert all(row["rank_share_ms"] > 0 and row["peak_kib"] < 10_000 for row in rows)
     assert rows[0]["samples_a_step"] == 15_000
+
+
+def test_checkpoint_bench_saves_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "checkpoint.json"
+    sizes = "--layers 1 --heads 2 --head-dim 16 --grid 1 2 3 --repeats 2 --threads 1"
+    checkpoint_bench.main([*sizes.split(), "--out", str(file)])
+    content = read(file)
+    assert sorted(row["save"] for row in content["rows"] if "save" in row) == ["asynchronous"] * 2 + ["synchronous"] * 2
+    summary = content["summary"]
+    blocked = summary["blocked_s"]
+    assert summary["share"] == blocked["asynchronous"] / blocked["synchronous"]
+    assert summary["gigabytes"]["synchronous"] == pytest.approx(summary["gigabytes"]["asynchronous"], rel=1e-3)
+    assert "target below 5%" in capsys.readouterr().out
