@@ -71,7 +71,7 @@ def run_report(records: RunRecords) -> Document:
         Section("Summary", [_summary(records, spent)]),
         _section("Loss", ("loss", "loss over steps", figures.loss_figure(records))),
         _section("Loss by t", ("loss_by_time", "loss of ten parts of t", figures.loss_by_time_figure(records))),
-        _section("Validation", ("validation", "loss on held-out samples", figures.validation_figure(records))),
+        _validation(records),
         _section("Gradient", ("gradient", "gradient norm and learning rate", figures.gradient_figure(records))),
         _section("Layers", ("layers", "sizes of activations and gradients", figures.layer_figure(records))),
         _section(
@@ -125,6 +125,21 @@ def _last_validation(records: RunRecords) -> list[tuple[str, str]]:
         return []
     losses = ", ".join(f"{found['loss']:.5g} ({weights} weights)" for weights, found in events[-1]["losses"].items())
     return [(f"held-out loss at step {events[-1]['step']:,}", losses)]
+
+
+def _validation(records: RunRecords) -> Section:
+    events = records.kept_events_of("validation")
+    if not events:
+        return Section("Validation", [])
+    last = events[-1]
+    weights = list(last["losses"])
+    rows = [
+        [bucket, *(f"{np.mean(last['losses'][name]['by_bucket'][bucket]):.5g}" for name in weights)]
+        for bucket in last["losses"][weights[0]]["by_bucket"]
+    ]
+    picture = Picture("validation", "loss on held-out samples", figures.validation_figure(records) or b"")
+    header = [f"bucket, after step {last['step']:,}", *(f"{name} weights" for name in weights)]
+    return Section("Validation", [picture, Table(header, rows)])
 
 
 def _wall_time(records: RunRecords, spent: WallTime) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -176,23 +177,20 @@ def step_table(lines: Iterable[dict[str, Any]], first_steps: Mapping[int, int]) 
         lines: of metrics.jsonl, in order.
         first_steps: steps done before each life.
     """
-    rows: list[list[float]] = []
-    losses: list[list[float]] = []
-    positions: list[list[float]] = []
+    # Packed, as a run of months has a million lines.
+    rows, losses, positions = array("d"), array("d"), array("d")
     memory, norms = [], []
-    nothing = [float("nan")] * TIME_BINS
-    for line in lines:
-        rows.append([float(line.get(name, float("nan"))) for name in NUMBERS])
-        losses.append([float("nan") if loss is None else loss for loss in line.get("loss_by_time", nothing)])
-        positions.append(line.get("positions_by_time", [0] * TIME_BINS))
+    nan = float("nan")
+    for number, line in enumerate(lines):
+        rows.extend([line.get(name, nan) for name in NUMBERS])
+        losses.extend([nan if loss is None else loss for loss in line["loss_by_time"]])
+        positions.extend(line["positions_by_time"])
         if "memory" in line:
-            memory.append((len(rows) - 1, line["memory"]))
+            memory.append((number, line["memory"]))
         if "layer_norms" in line:
-            norms.append((len(rows) - 1, line["layer_norms"]))
-    values = np.asarray(rows, dtype=np.float64).reshape(-1, len(NUMBERS))
-    columns = dict(zip(NUMBERS, values.T, strict=True))
-    by_time = np.asarray(losses, dtype=np.float64).reshape(-1, TIME_BINS)
-    counts = np.asarray(positions, dtype=np.float64).reshape(-1, TIME_BINS)
+            norms.append((number, line["layer_norms"]))
+    columns = dict(zip(NUMBERS, np.asarray(rows).reshape(-1, len(NUMBERS)).T, strict=True))
+    by_time, counts = (np.asarray(values).reshape(-1, TIME_BINS) for values in (losses, positions))
     kept = kept_steps(columns["step"])
     # A life that has not come to its first step yet has thrown away what came after its checkpoint all the same.
     for life, first in first_steps.items():

@@ -187,6 +187,7 @@ def test_the_markdown_report_has_its_pictures_beside_it(folder: Path, tmp_path: 
     for name in linked:
         assert Image.open(tmp_path / "out" / name).format == "PNG"
     assert "| effective training time | 14.63% |" in text
+    assert "| 17x32x32 | 1.125 |" in text  # of 1.5 and 0.75
 
 
 @pytest.mark.parametrize("command", [report.main, watch.main])
