@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +52,7 @@ DERIVED: dict[str, tuple[str, str]] = {"clip_seconds": ("start_time", "end_time"
 class Rule:
     """One threshold."""
 
-    tag: NumberTag | TextTag
+    tag: str
     """Column of the manifest that is compared; clip_seconds is the length of the span."""
     min: float | None = None
     """Smallest value that is kept."""
@@ -65,6 +67,11 @@ class Rule:
     which is lacking where a file does not say it."""
 
     def __post_init__(self) -> None:
+        known = get_args(NumberTag) + get_args(TextTag)
+        if self.tag not in known:
+            near = difflib.get_close_matches(self.tag, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"tag {self.tag!r} is none that a rule can be about{hint}; there are: {', '.join(known)}")
         if self.tag in get_args(TextTag):
             if self.exclude is None or self.min is not None or self.max is not None:
                 raise ValueError(f"rule for {self.tag}: a column of text takes `exclude`, and neither min nor max")
@@ -74,6 +81,8 @@ class Rule:
             raise ValueError(f"rule for {self.tag}: `exclude` is for columns of text; a number takes min and max")
         if self.min is None and self.max is None:
             raise ValueError(f"rule for {self.tag}: neither min nor max is given")
+        if any(bound is not None and math.isnan(bound) for bound in (self.min, self.max)):
+            raise ValueError(f"rule for {self.tag}: min={self.min}, max={self.max} must be numbers")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"rule for {self.tag}: min={self.min} is above max={self.max}")
 

@@ -147,7 +147,8 @@ def _explain_unknown(cls: type, location: list[str]) -> str:
 
 
 def _fields_at(cls: Any, path: list[str]) -> list[str]:
-    for part in path:
+    # Numbers of list entries are no fields.
+    for part in (part for part in path if not part.isdigit()):
         hints = get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
         candidates = [hints.get(part), *getattr(hints.get(part), "__args__", ())]
         cls = next((c for c in candidates if dataclasses.is_dataclass(c)), None)

@@ -213,6 +213,9 @@ def test_text_that_a_file_does_not_say_matches_nothing(tmp_path: Path) -> None:
     [
         ({}, "neither rules nor subsets"),
         ({"subsets": [{"name": "a", "rules": []}, {"name": "a", "rules": []}]}, "names of their own"),
+        ({"rules": [{"tag": "blurr", "min": 1}]}, "'blurr' is none .* did you mean 'blur'"),
+        ({"rules": [{"tag": "blur", "min": float("nan")}]}, "must be numbers"),
+        ({"subsets": [{"name": "a", "rule": []}]}, "unknown field 'subsets.0.rule'; did you mean 'rules'"),
         ({"rules": [{"tag": "source", "min": 1}]}, "takes `exclude`"),
         ({"rules": [{"tag": "blur", "exclude": "x"}]}, "columns of text"),
         ({"rules": [{"tag": "source", "exclude": "("}]}, "no regular expression"),
