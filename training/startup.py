@@ -19,8 +19,8 @@ from training.balance import loads_in_turn
 from training.balance_cost import Costs
 from training.checkpoint import TrainState, read_config
 from training.config import PretrainConfig, RunConfig
-from training.data_mix import group_size
 from training.data_config import DataConfig
+from training.data_mix import group_size
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.optimizer import describe_adam
