@@ -28,7 +28,7 @@ def test_all_stages_of_the_30b_are_one_chain() -> None:
     # 375 nodes of 8 up to the first stage at 540P, as Table 6 implies.
     check_stages(stages[:6], 3000, Hardware())
     check_stages(stages[6:8], 2000, Hardware())
-    with pytest.raises(UserError, match="stage 't2vi_540_s[23]'"):
+    with pytest.raises(UserError, match=r"stage 't2vi_540_s[23]'"):
         check_stages(stages, 3000, Hardware())
 
 
