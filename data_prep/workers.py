@@ -214,7 +214,8 @@ def progress(items: Iterable[Item], total: int, title: str, unit: str = "clip") 
         yield item
         if time.monotonic() - reported > _LOG_EVERY_SECONDS:
             reported = time.monotonic()
-            print(f"{title}: {count}/{total} {unit}s", file=sys.stderr, flush=True)
+            left = (reported - started) / count * (total - count) / 60
+            print(f"{title}: {count}/{total} {unit}s, about {left:.0f} min left", file=sys.stderr, flush=True)
     seconds = time.monotonic() - started
     print(f"{title}: {count}/{total} {unit}s in {seconds:.1f} s", file=sys.stderr, flush=True)
 
