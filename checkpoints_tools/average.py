@@ -114,6 +114,7 @@ class _Mean:
 
     def tensor(self, name: str, template: Tensor) -> Tensor:
         """The mean of one tensor, summed in fp32, in the template's type."""
+        # bf16 would round after every checkpoint; it is rounded once, at the end.
         total = torch.zeros(template.shape, dtype=torch.float32)
         for checkpoint, share in zip(self._checkpoints, self._shares, strict=True):
             found = checkpoint.tensor(name)

@@ -78,6 +78,7 @@ class AdamWConfig:
         """Steps at the end of `total_steps` over which the learning rate falls."""
         if self.decay == "constant":
             return 0
+        # Of a cosine all steps behind the warm-up fall.
         if self.decay == "cosine":
             return max(total_steps - self.warmup_steps, 0)
         if self.decay_steps is not None:

@@ -19,6 +19,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on `device`, but for the lengths of the texts, by which the host cuts."""
+        # Lengths read from a device would make the host wait for it in every micro-batch.
         return PackedBatch([replace(part.to(device), text_lengths=part.text_lengths) for part in self.parts])
 
     def arguments(self) -> dict[str, list[Tensor | None]]:
@@ -48,6 +49,7 @@ def packed(batches: Sequence[Batch], limit: int | None) -> list[Batch | PackedBa
 
 
 def _groups(batches: Sequence[Batch], limit: int) -> Iterator[list[Batch]]:
+    # In their order and not by best fit: which samples meet has no meaning, and all stages must join alike.
     group: list[Batch] = []
     for batch in batches:
         if group and sum(map(positions, group)) + positions(batch) > limit:

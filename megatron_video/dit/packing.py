@@ -41,6 +41,7 @@ def cuts(lengths: Sequence[int], first: int, count: int) -> tuple[Cut, ...]:
     """Samples of so many tokens each, within `count` tokens from `first` on; what is behind the last goes with it."""
     ends = list(itertools.accumulate(lengths))
     starts = [0, *ends[:-1]]
+    # Padding is computed on like tokens, and then thrown away; it needs some sample's modulation.
     ends[-1] = max(ends[-1], first + count)
     places = [(max(start, first), min(end, first + count)) for start, end in zip(starts, ends, strict=True)]
     return tuple(Cut(sample, low - first, high - first) for sample, (low, high) in enumerate(places) if low < high)
@@ -53,6 +54,7 @@ def by_sample(
 
     Modulations stay un-repeated for backward, as they are for samples that are not packed.
     """
+    # A loop, not a gather of modulations by token: that would repeat them for every token in what backward keeps.
     done = [
         function(
             *(tensor[piece.first : piece.end] for tensor in tokens),
