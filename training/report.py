@@ -17,7 +17,6 @@ from training import report_figures as figures
 from training.effective_time import Life, WallTime, find_lives, held_up, wall_time
 from training.report_document import Document, Picture, Section, Table
 from training.run_records import RunRecords, read_run
-from training.sample_folder import SHEET_FILE
 from training.watch_panel import describe_event
 
 _EVENTS_SHOWN = 200
@@ -199,7 +198,13 @@ def _faults(records: RunRecords) -> Section:
 
 def _samples(records: RunRecords) -> list[Section]:
     """The first and the last contact sheet."""
-    made = [event for event in records.kept_events_of("samples") if (Path(event["folder"]) / SHEET_FILE).is_file()]
+    found = records.kept_events_of("samples")
+    if not found:
+        return []
+    # Here, as it takes seconds to import what makes samples.
+    from training.sample_folder import SHEET_FILE
+
+    made = [event for event in found if (Path(event["folder"]) / SHEET_FILE).is_file()]
     chosen = [made[0], made[-1]] if len(made) > 1 else made
     blocks: list[str | Picture] = []
     for event in chosen:

@@ -5,8 +5,10 @@ Sums and counts stay apart until all ranks' are added, so that the figures are t
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Fixed, so that the curves of two runs can be laid over each other.
 TIME_BINS = 10
@@ -28,6 +30,9 @@ def bin_by_time(timestep: Tensor, errors: Tensor, positions: int) -> Tensor:
     Returns:
         [2, TIME_BINS] fp64 on the same device: sum of losses, number of positions.
     """
+    # Here: `watch` and `report` read the bins' names, and start without torch.
+    import torch
+
     values = torch.stack([errors.double(), torch.full_like(errors, positions, dtype=torch.float64)])
     inside = time_bins(timestep)[:, None] == torch.arange(TIME_BINS, device=timestep.device)
     # Not by a product with 0 and 1, which would carry a NaN into every bin, nor by adding in place, whose order varies.
