@@ -162,10 +162,10 @@ def run(
     table = read_manifest(manifest_in)
     _check_kinds(table, settings.captions)
     kept = kept_rows(table)
-    plan, unplaced = plan_shards(kept, settings.buckets, settings.samples_per_shard)
+    plan, unplaced = plan_shards(kept, settings.buckets, settings.samples_per_shard, settings.captions)
     if not plan:
         why = f", such as {unplaced[0]['source']}: {unplaced[0]['drop_reason']}" if unplaced else ""
-        raise UserError(f"{manifest_in}: nothing to encode: no bucket holds any of its {len(kept)} kept clips{why}")
+        raise UserError(f"{manifest_in}: nothing to encode among its {len(kept)} kept clips{why}")
     # Hashes of the weights: a retrained encoder under the old path must not continue the old shards.
     prints = {"vae": vae_fingerprint(vae), "text": text_fingerprint(*text_folders(text))}
     made_with = settings.identity | prints | {"input": file_sha256(manifest_in)}

@@ -26,9 +26,11 @@ class PlannedShard:
 
 
 def plan_shards(
-    rows: Sequence[Row], buckets: Sequence[Bucket], samples_per_shard: int
+    rows: Sequence[Row], buckets: Sequence[Bucket], samples_per_shard: int, kinds: Sequence[str] = ()
 ) -> tuple[list[PlannedShard], list[Row]]:
-    """Shards, and the rows that no bucket holds (as dropped rows). Order within a bucket is the manifest's.
+    """Shards, and, as dropped rows, those that no bucket holds or that have no caption, of `kinds` or plain.
+
+    Order within a bucket is the manifest's.
 
     Raises:
         UserError: a clip occurs twice, or `samples_per_shard` is not positive.
@@ -39,9 +41,13 @@ def plan_shards(
     # One bucket a shard: whoever reads a tar from end to end can batch as it comes.
     by_bucket: dict[Bucket, list[Row]] = {bucket: [] for bucket in sorted(buckets)}
     unplaced = []
+    columns = ("caption", *(f"caption_{kind}" for kind in kinds))
     for row in rows:
         bucket = bucket_of(row, buckets)
-        if bucket is None:
+        if not any((row[column] or "").strip() for column in columns):
+            # The empty text is what guidance moves away from: to train a clip on it must not happen by mistake.
+            unplaced.append(dropped(row, STAGE, "no caption: `megatron-video data caption` writes them"))
+        elif bucket is None:
             unplaced.append(dropped(row, STAGE, _no_bucket(row, buckets)))
         else:
             by_bucket[bucket].append({**row, "bucket": bucket.name})

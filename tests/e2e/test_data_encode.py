@@ -216,7 +216,7 @@ def test_a_folder_of_another_run_or_in_use_is_refused(
         ("--batch-size", "0", "--batch-size 0 must be at least 1"),
         ("--device", "tpu", "none of cpu, cuda and cuda:0"),
         ("--device", "cuda:99", "--device cuda:99: torch sees"),
-        ("--buckets", "68x32x32", "nothing to encode: no bucket holds any of its"),
+        ("--buckets", "68x32x32", "nothing to encode among its"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -225,6 +225,24 @@ def test_wrong_arguments_are_refused(
     assert data(*prepared.command(tmp_path / "out"), option, value) == 2
     assert complaint in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_clips_without_a_caption_are_dropped_and_one_of_10000_characters_is_cut(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    rows = [dict(row) for row in kept_rows(read_manifest(prepared.manifest))[:4]]
+    for row, caption in zip(rows, ["word " * 2000, None, " ", "a red circle"], strict=True):
+        row["caption"] = caption
+    write_manifest(table_from_rows(rows), tmp_path / "in.parquet")
+    report = encode.run(tmp_path / "in.parquet", tmp_path / "out", prepared.vae, prepared.text, SETTINGS)
+    assert (report.kept, report.reasons) == (2, {"no caption": 2})
+    assert "no caption: `megatron-video data caption` writes them" in report.examples[0]
+    dataset = ShardDataset(tmp_path / "out")
+    samples = {sample.key: sample for sample in (dataset[0], dataset[1])}
+    long, short = samples[rows[0]["clip_id"]], samples[rows[3]["clip_id"]]
+    assert (long.metadata["text_truncated"], short.metadata["text_truncated"]) == (True, False)
+    assert len(long.metadata["caption"]) == 10_000
+    assert len(long.llm) > len(short.llm)
 
 
 def test_a_manifest_with_a_clip_twice_is_refused(prepared: Prepared, tmp_path: Path) -> None:
