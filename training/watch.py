@@ -27,16 +27,23 @@ def main(argv: Sequence[str]) -> int:
     # A pipe has no width; lines of 100 columns fit most places where they end up.
     console = Console(width=None if sys.stdout.isatty() else 100)
     if arguments.once:
-        for tail in tails:
-            tail.read()
-            console.print(run_panel(tail))
+        console.print(_panels(tails))
         return 0
-    with Live(console=console, auto_refresh=False, screen=sys.stdout.isatty()) as live:
-        while True:
-            for tail in tails:
-                tail.read()
-            live.update(Group(*(run_panel(tail) for tail in tails)), refresh=True)
-            time.sleep(arguments.every)
+    try:
+        with Live(console=console, auto_refresh=False, screen=sys.stdout.isatty()) as live:
+            while True:
+                live.update(_panels(tails), refresh=True)
+                time.sleep(arguments.every)
+    except KeyboardInterrupt:
+        # The way to end it; what was seen last stays on the terminal.
+        console.print(_panels(tails))
+    return 0
+
+
+def _panels(tails: Sequence[RunTail]) -> Group:
+    for tail in tails:
+        tail.read()
+    return Group(*(run_panel(tail) for tail in tails))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

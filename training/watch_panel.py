@@ -120,7 +120,8 @@ def _by_time(window: list[dict[str, Any]]) -> str:
 
 
 def _validation(tail: RunTail) -> list[tuple[str, str]]:
-    events = tail.of_kind("validation")
+    # Of a step that was done again, the last one.
+    events = list({event["step"]: event for event in tail.of_kind("validation")}.values())
     if not events:
         return []
     last, rows = events[-1], []

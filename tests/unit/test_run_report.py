@@ -272,3 +272,19 @@ def test_sparklines_rise_with_the_values() -> None:
     curve = sparkline(list(range(1000)), 40)
     assert len(curve) == 40
     assert list(curve) == sorted(curve)
+
+
+def test_ctrl_c_ends_watching_and_leaves_the_last_panel(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = []
+
+    def wait(seconds: float) -> None:
+        readings.append(seconds)
+        if len(readings) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.watch.time.sleep", wait)
+    assert run_command(watch.main, [str(folder), "--every", "0.5"]) == 0
+    assert readings == [0.5] * 3
+    assert "6 of 10" in capsys.readouterr().out.rpartition("╭")[2]
