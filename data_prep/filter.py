@@ -124,7 +124,9 @@ def _write(
     verdicts = _verdicts(manifest_in, cut, tally, histograms, VERDICTS.names)
     sizes = row_group_sizes(manifest_in)
     with appearing(manifest_out) as temporary:
-        replace_columns(manifest_in, temporary, VERDICTS, cut_at(verdicts, sizes), stage_metadata(fingerprint))
+        replace_columns(
+            manifest_in, temporary, VERDICTS, cut_at(verdicts, sizes, VERDICTS), stage_metadata(fingerprint)
+        )
     return False
 
 

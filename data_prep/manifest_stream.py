@@ -48,9 +48,10 @@ def row_group_sizes(path: Path) -> list[int]:
     return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-def cut_at(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
+def cut_at(tables: Iterator[pa.Table], sizes: Sequence[int], schema: pa.Schema) -> Iterator[pa.Table]:
     """The same rows in tables of these sizes; nothing is copied."""
-    held: list[pa.Table] = []
+    # A file without rows has a row group of none, and gives no tables.
+    held = [schema.empty_table()]
     for size in sizes:
         while sum(table.num_rows for table in held) < size:
             held.append(next(tables))

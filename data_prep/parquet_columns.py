@@ -73,7 +73,7 @@ def _encoded(table: pa.Table) -> IO[bytes]:
 
 
 def _write_group(new: IO[bytes], group: Struct, old: IO[bytes], patch: IO[bytes]) -> None:
-    (patched,) = _structs(_read_footer(patch), _ROW_GROUPS) or ({_COLUMNS: Field(LIST, (STRUCT, []))},)
+    (patched,) = _structs(_read_footer(patch), _ROW_GROUPS)
     chunks = {_name_of(chunk): (chunk, old) for chunk in _structs(group, _COLUMNS)}
     chunks |= {_name_of(chunk): (chunk, patch) for chunk in _structs(patched, _COLUMNS)}
     group[_FILE_OFFSET] = Field(I64, new.tell())

@@ -100,7 +100,7 @@ def expected(row: Row, cut: int) -> tuple[str | None, str | None, str | None, st
     return None, None, inside, None
 
 
-def found(row: Row) -> tuple[str | None, str | None, str | None, str | None]:
+def found_in(row: Row) -> tuple[str | None, str | None, str | None, str | None]:
     reasons = [row[name].split(":")[0] if row[name] else None for name in ("drop_reason", "subset_reason")]
     return row["dropped_by"], reasons[0], row["subset"], reasons[1]
 
@@ -111,7 +111,7 @@ def test_subsets_and_reasons_equal_a_row_by_row_reading(tmp_path: Path, subset: 
     source = written(tmp_path / "in.parquet", rows)
     report = filter_stage.run(source, tmp_path / "out.parquet", rules_file(tmp_path / "r.yaml", RULES), subset)
     result = read_manifest(tmp_path / "out.parquet").to_pylist()
-    assert [found(row) for row in result] == [expected(row, cut) for row in rows]
+    assert [found_in(row) for row in result] == [expected(row, cut) for row in rows]
     by = [row["dropped_by"] for row in result]
     assert (report.kept, report.dropped_here, report.dropped_before) == (
         by.count(None),
@@ -261,6 +261,21 @@ def test_reading_holds_a_few_pieces_and_not_the_file(tmp_path: Path) -> None:
     assert len(held) == 32
     assert max(held) < 24e6
     assert max(held[24:]) < 1.5 * max(held[:8])
+
+
+@pytest.mark.parametrize(("count", "group"), [(0, 1), (1, 1), (300, 7), (300, 299), (300, 1000)])
+def test_row_groups_of_any_size_are_filtered_alike(tmp_path: Path, count: int, group: int) -> None:
+    rules = rules_file(tmp_path / "r.yaml", RULES)
+    table = table_from_rows(random_rows(count))
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=group)
+    report = filter_stage.run(tmp_path / "in.parquet", tmp_path / "out.parquet", rules)
+    found = read_manifest(tmp_path / "out.parquet")
+    assert (report.rows_in, report.kept) == (count, found["dropped_by"].null_count)
+    rows = found.to_pylist()
+    assert [found_in(row) for row in rows] == [expected(row, 1) for row in table.to_pylist()]
+    filled = {"dropped_by", "drop_reason", "subset", "subset_reason"}
+    kept_as_they_were = [name for name in SCHEMA.names if name not in filled]
+    assert found.select(kept_as_they_were).equals(table.select(kept_as_they_were))
 
 
 def test_a_manifest_of_version_1_is_filtered(tmp_path: Path) -> None:
