@@ -7,6 +7,7 @@ character that it lacks (an emoji) is drawn as a question mark.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,8 +106,8 @@ def _wrap(caption: str, width: int) -> list[str]:
 
 def _longest_prefix(text: str, width: int, ellipsis: bool) -> str:
     tail = "..." if ellipsis else ""
-    fitting = [end for end in range(1, len(text)) if _text_width(text[:end] + tail) <= width]
-    end = fitting[-1] if fitting else 1
+    # Halving: captions of ten thousand characters would take seconds to try end by end.
+    end = max(1, bisect_right(range(1, len(text)), width, key=lambda end: _text_width(text[:end] + tail)))
     space = text.rfind(" ", 0, end + 1)
     return text[: space if space > 0 else end] + tail
 
