@@ -9,6 +9,7 @@ import pytest
 from tiny_shards import write_tiny_shards
 from validation_worker import step_without_validation, validate
 
+from training.ema import EMA, HostEMA
 from training.layout_matrix.table import FSDP, LAYOUTS, ZERO1_OVERLAP, LayoutCase
 from training.local_ranks import RankPool
 
@@ -74,6 +75,16 @@ def test_bf16_weights_come_back_bit_for_bit(case: LayoutCase, ranks: RankPool, s
         assert report["restored"]
         assert report["next"] == step
         assert report["averaged"]["loss"] != report["trained"]["loss"]
+
+
+@pytest.mark.parametrize("parallel", [ZERO1_OVERLAP, FSDP], ids=["zero1", "fsdp"])
+def test_averages_in_host_memory_change_places_too(parallel: dict[str, Any], ranks: RankPool, shards: str) -> None:
+    reports = ranks.run(validate, parallel, shards, "bfloat16", SETTINGS, HostEMA, ranks=2)
+    expected = ranks.run(validate, parallel, shards, "bfloat16", SETTINGS, EMA, ranks=2)
+    for report, other in zip(reports, expected, strict=True):
+        assert report["moved"]
+        assert report["restored"]
+        assert (report["averaged"], report["next"]) == (other["averaged"], other["next"])
 
 
 def test_more_replicas_than_work(ranks: RankPool, shards: str) -> None:

@@ -40,7 +40,9 @@ SETTINGS = AdamWConfig(learning_rate=1e-2, eps=1e-4, clip_grad_norm=1.0)
 class Run:
     """A model in `parallel` and its averages, trained on the held-out shards themselves."""
 
-    def __init__(self, parallel: dict[str, Any], shards: str, dtype: str, validation: dict[str, Any]) -> None:
+    def __init__(
+        self, parallel: dict[str, Any], shards: str, dtype: str, validation: dict[str, Any], kind: type[EMA] = EMA
+    ) -> None:
         layout, info = ParallelConfig(**parallel), device.initialize()
         initialize_parallel(layout, seed=1, device_info=info)
         chunks = build_dit(MODEL, layout, getattr(torch, dtype), device=info.device, init_seed=5)
@@ -48,7 +50,7 @@ class Run:
             _leave_no_zero(chunk, 5)
         self.model = wrap_data_parallel(chunks, layout)
         self.optimizer = build_optimizer(self.model, SETTINGS, layout)
-        self.ema = EMA(self.optimizer, 0.5)
+        self.ema = kind(self.optimizer, 0.5)
         self.data = TrainingData([shards])
         self.builder = BatchBuilder(
             data=self.data,
@@ -82,9 +84,11 @@ class Run:
         return held
 
 
-def validate(parallel: dict[str, Any], shards: str, dtype: str, validation: dict[str, Any]) -> dict[str, Any]:
+def validate(
+    parallel: dict[str, Any], shards: str, dtype: str, validation: dict[str, Any], kind: type[EMA] = EMA
+) -> dict[str, Any]:
     """Losses before and after two steps, with the trained and with the averaged weights, and whether all came back."""
-    run = Run(parallel, shards, dtype, validation)
+    run = Run(parallel, shards, dtype, validation, kind)
     report: dict[str, Any] = {"first": asdict(run.validation.run(run.model))}
     run.step()
     run.step()
