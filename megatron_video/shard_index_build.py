@@ -155,9 +155,11 @@ class IndexBuilder:
 
     def _batches(self, doing: str) -> Iterator[pa.Table]:
         done, count = 0, self._parquet.metadata.num_rows
-        for batch in self._parquet.iter_batches(_BATCH):
-            yield complete_index(pa.Table.from_batches([batch]))
-            done += batch.num_rows
+        # One row group after the other: a reader of all of them keeps in memory what it has read.
+        for group in range(self._parquet.num_row_groups):
+            for batch in self._parquet.iter_batches(_BATCH, row_groups=[group]):
+                yield complete_index(pa.Table.from_batches([batch]))
+                done += batch.num_rows
             if count >= _MANY_ROWS and time.monotonic() - self._told > _TELL_SECONDS:
                 self._told = time.monotonic()
                 print(f"{self._folder}: mapped index, {doing} row {done:,} of {count:,}", file=sys.stderr, flush=True)

@@ -6,6 +6,8 @@ The writer and the reader (shards.py) and the verifier take everything from here
 from __future__ import annotations
 
 import json
+import math
+import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +53,10 @@ _VERSION_2 = [
     ("weight", pa.float32()),  # of `data balance`; null counts as 1
 ]
 INDEX_SCHEMA = pa.schema(_VERSION_1 + _VERSION_2)
+
+
+Content = bytes | bytearray | memoryview
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
 class DamagedSampleError(UserError):
@@ -138,21 +144,41 @@ def encode_sample(sample: ShardSample) -> dict[str, bytes]:
     }
 
 
-def decode_sample(key: str, payloads: Mapping[str, bytes], where: str) -> ShardSample:
-    """The sample that `encode_sample` made.
+def decode_sample(key: str, payloads: Mapping[str, Content], where: str) -> ShardSample:
+    """The sample that `encode_sample` made; its tensors lie in `payloads`, nothing is copied.
 
     Raises:
         UserError: a payload cannot be decoded; the message starts with `where`.
     """
     try:
-        moments = load_tensors(payloads["latent"])["moments"]
-        text, metadata = load_tensors(payloads["text"]), json.loads(payloads["json"])
+        moments = _view_tensors(payloads["latent"])["moments"]
+        text, metadata = _view_tensors(payloads["text"]), json.loads(bytes(payloads["json"]))
         kinds = metadata.get("caption_kinds", [])
         captions = {kind: (text[f"llm.{kind}"], text[f"clip.{kind}"]) for kind in kinds[1:]}
         first = text["llm"], text["clip"]
         return ShardSample(key, moments, *first, metadata, {kinds[0]: first, **captions} if kinds else {})
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise DamagedSampleError(f"{where}: cannot be decoded: {error}") from None
+
+
+def _view_tensors(content: Content) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in memory, where they lie: `safetensors.torch.load` would copy them.
+
+    Raises:
+        ValueError, KeyError: not such a file, or one that ends early.
+    """
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        if end - start != count * dtype.itemsize:
+            raise ValueError(f"{name}: {end - start} bytes for {shape} of {dtype}")
+        view = torch.frombuffer(content, dtype=dtype, count=count, offset=8 + length + start) if count else None
+        tensors[name] = torch.empty(shape, dtype=dtype) if view is None else view.view(shape)
+    return tensors
 
 
 def to_stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,7 +186,7 @@ def to_stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.bfloat16).contiguous()
 
 
-def crc32(contents: Iterable[bytes]) -> int:
+def crc32(contents: Iterable[Content]) -> int:
     """crc32 over several byte strings as if they were one."""
     checksum = 0
     for content in contents:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -63,6 +65,7 @@ from megatron_video.shard_tar import CHECKSUM, ShardTar, is_intact
 
 _OPEN_SHARDS = 64
 _ROW_GROUP = 1 << 18
+_PIECE = 1 << 18
 # Seconds before a sample is read again; four times as many before each further time.
 _FIRST_PAUSE = 0.2
 
@@ -215,7 +218,7 @@ class ShardDataset:
 
     def payloads(self, number: int) -> dict[str, bytes]:
         """The three payloads of a sample as they are stored, in the order of `PAYLOADS`; raises as `[number]` does."""
-        return self._payloads(self._row(number))
+        return {name: bytes(content) for name, content in self._payloads(self._row(number)).items()}
 
     def where(self, number: int) -> str:
         """File and key of a sample."""
@@ -229,7 +232,7 @@ class ShardDataset:
     def _where(self, row: IndexRow) -> str:
         return f"{self.folder / row.shard}: sample {row.key}"
 
-    def _payloads(self, row: IndexRow) -> dict[str, bytes]:
+    def _payloads(self, row: IndexRow) -> dict[str, memoryview]:
         for attempt in range(self.read_attempts - 1):
             try:
                 return self._read_once(row)
@@ -239,9 +242,11 @@ class ShardDataset:
                 time.sleep(_FIRST_PAUSE * 4**attempt)
         return self._read_once(row)
 
-    def _read_once(self, row: IndexRow) -> dict[str, bytes]:
-        payloads = {payload: self._read(row, payload) for payload in PAYLOADS}
-        if self.verify and crc32(payloads.values()) != row.checksum:
+    def _read_once(self, row: IndexRow) -> dict[str, memoryview]:
+        checksum, payloads = 0, {}
+        for payload in PAYLOADS:
+            payloads[payload], checksum = self._read(row, payload, checksum)
+        if self.verify and checksum != row.checksum:
             raise DamagedSampleError(
                 f"{self._where(row)}: checksum differs from the index: the file is damaged; encode this shard again"
             )
@@ -262,16 +267,23 @@ class ShardDataset:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
-    def _read(self, row: IndexRow, payload: str) -> bytes:
+    def _read(self, row: IndexRow, payload: str, checksum: int) -> tuple[memoryview, int]:
+        """One payload, and the checksum of it and of those before it."""
         offset, size = row.places[payload]
-        try:
-            # pread has no file position, so threads and forked workers can share the descriptor.
-            content = os.pread(self._descriptor(row.shard), size, offset)
-        except OSError as error:
-            raise DamagedSampleError(f"{self._where(row)}: cannot be read: {error.strerror}") from None
-        if len(content) != size:
-            raise DamagedSampleError(f"{self._where(row)}: the file ends early; encode this shard again")
-        return content
+        # Not a bytearray, which would be filled with zeros first.
+        content = np.empty(size, np.uint8).data
+        # Piece by piece: what was just read is still in the processor's cache when it is summed up.
+        for start in range(0, size, _PIECE):
+            piece = content[start : start + _PIECE]
+            try:
+                # A read at a position, so that threads and forked workers can share the descriptor.
+                count = os.preadv(self._descriptor(row.shard), [piece], offset + start)
+            except OSError as error:
+                raise DamagedSampleError(f"{self._where(row)}: cannot be read: {error.strerror}") from None
+            if count != len(piece):
+                raise DamagedSampleError(f"{self._where(row)}: the file ends early; encode this shard again")
+            checksum = zlib.crc32(piece, checksum) if self.verify else 0
+        return content, checksum
 
     def _descriptor(self, shard: str) -> int:
         if shard in self._files:

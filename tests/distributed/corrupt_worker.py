@@ -23,10 +23,10 @@ def train(overrides: list[str], folder: str, failing: Sequence[str] = (), failin
     Path(folder).mkdir(parents=True, exist_ok=True)
     read = ShardDataset._read
 
-    def read_or_fail(dataset: ShardDataset, row: IndexRow, payload: str) -> bytes:
+    def read_or_fail(dataset: ShardDataset, row: IndexRow, payload: str, checksum: int) -> tuple[memoryview, int]:
         if row.key in failing and dist.get_rank() in failing_ranks:
             raise DamagedSampleError(f"{row.shard}: sample {row.key}: cannot be read: Input/output error")
-        return read(dataset, row, payload)
+        return read(dataset, row, payload, checksum)
 
     with patch.object(ShardDataset, "_read", read_or_fail):
         try:
