@@ -5,6 +5,7 @@ The table holds module names, not imports: `megatron_video` depends on no other 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -34,12 +35,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+# No space, quota used up, largest size of a file reached.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Call a command's `main`; bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call a command's `main`; bad input or a full disk becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         return main(argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT_EXIT_CODE
+    except OSError as error:
+        # Stages that know their folder say more; others must not end with a traceback either.
+        if error.errno not in _DISK_FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room and give the same command again", file=sys.stderr)
         return BAD_INPUT_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

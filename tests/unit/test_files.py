@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_video.buckets import parse_bucket
+from megatron_video.cli import run_command
 from megatron_video.files import appearing, file_sha256, write_atomically
 from megatron_video.shard_schema import ShardSample, index_part
 from megatron_video.shards import ShardWriter
@@ -73,3 +76,22 @@ def test_file_sha256(tmp_path: Path) -> None:
     content = os.urandom(3 << 20)
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_ends_any_command_with_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(argv: Sequence[str]) -> int:
+        raise OSError(number, os.strerror(number), "out/file")
+
+    assert run_command(command, []) == 2
+    assert capsys.readouterr().err == (
+        f"error: out/file: {os.strerror(number)}; make room and give the same command again\n"
+    )
+
+
+def test_other_errors_of_the_operating_system_are_not_hidden() -> None:
+    def command(argv: Sequence[str]) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    with pytest.raises(OSError, match="broken"):
+        run_command(command, [])
