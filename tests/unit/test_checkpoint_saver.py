@@ -390,6 +390,8 @@ def test_killed_at_any_point_of_publishing_one_whole_checkpoint_is_the_newest(tm
         left = {path.name for path in new.parent.iterdir()}
         assert (new.parent / "latest").read_text().strip() in left
         assert left <= {"latest", "step_00000010", "step_00000020", "step_00000030"}
+        # Also what was being deleted is whole or gone.
+        assert [find_fault(new.parent / name) for name in left - {"latest"}] == [None] * (len(left) - 1)
         moment += 1
     # First the old one, from some moment on the new one, and never the old one again.
     assert outcomes == sorted(outcomes)
