@@ -18,6 +18,7 @@ REQUIRED = [
     "einops>=0.8,<0.9",
     "safetensors>=0.5,<0.8",
     "xxhash>=3.5,<4",  # checksums of shards
+    "isal>=1.7,<2",  # the crc32 of every sample that is read, faster than zlib's
     "pydantic>=2.11,<3",
     "PyYAML>=6,<7",
     "webdataset>=1.0,<2",

@@ -40,6 +40,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "einops": ("einops", "hierarchical context parallelism of megatron-core"),
     "safetensors": ("safetensors", "released weights, shards"),
     "xxhash": ("xxhash", "checksums of shards"),
+    "isal": ("isal", "checksums of samples, fast"),
     "pydantic": ("pydantic", "checked configuration"),
     "PyYAML": ("yaml", "presets and overrides"),
     "webdataset": ("webdataset", "shard format"),
