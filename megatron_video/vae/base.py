@@ -7,17 +7,16 @@ published; 16 are those of the released first version, which has the same stride
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_video.config_io import build_config, config_to_dict
 from megatron_video.errors import UserError
 from megatron_video.vae.autoencoder import VideoVAE
-from megatron_video.vae.checkpoint import check_weights
+from megatron_video.vae.checkpoint import check_weights, write_files
 from megatron_video.vae.config import VAEConfig, check_video_size
 from megatron_video.vae.decoder import WARMUP_FRAMES, VideoDecoder
 from megatron_video.vae.encoder import VideoEncoder
@@ -116,15 +115,8 @@ def grow(weights: dict[str, Tensor], vae: VideoVAE) -> None:
 
 def save_base(vae: BaseVideoVAE, folder: Path) -> None:
     """Write `base_config.json` and `base_model.safetensors`; each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach().float().cpu().contiguous() for name, weight in vae.state_dict().items()}
-    temporary = folder / f".{BASE_WEIGHTS_FILE}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / BASE_WEIGHTS_FILE)
     values = {"latent_channels": vae.latent_channels, "model": config_to_dict(vae.config)}
-    temporary = folder / f".{BASE_CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / BASE_CONFIG_FILE)
+    write_files(folder, vae, BASE_WEIGHTS_FILE, values, BASE_CONFIG_FILE)
 
 
 def load_base(folder: Path) -> BaseVideoVAE:

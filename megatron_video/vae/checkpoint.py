@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_video.config_io import build_config, config_to_dict
 from megatron_video.errors import UserError
+from megatron_video.files import appearing, write_atomically
 from megatron_video.vae.autoencoder import VideoVAE
 from megatron_video.vae.config import VAEConfig
 
@@ -45,15 +46,23 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
 
 def save_vae(vae: VideoVAE, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` (fp32) to `folder`; each file appears whole or not at all."""
-    folder = Path(folder)
+    write_files(Path(folder), vae, WEIGHTS_FILE, config_to_dict(vae.config), CONFIG_FILE)
+
+
+def write_files(folder: Path, model: nn.Module, weights_file: str, values: dict[str, Any], config_file: str) -> None:
+    """Write a model's weights as fp32, then `values` as JSON; each file appears whole or not at all.
+
+    Raises:
+        UserError: the weights cannot be written, as on a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach().float().cpu().contiguous() for name, weight in vae.state_dict().items()}
-    temporary = folder / f".{WEIGHTS_FILE}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS_FILE)
-    temporary = folder / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(config_to_dict(vae.config), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_FILE)
+    weights = {name: weight.detach().float().cpu().contiguous() for name, weight in model.state_dict().items()}
+    try:
+        with appearing(folder / weights_file) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{folder / weights_file} cannot be written: {error}") from None
+    write_atomically(folder / config_file, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def to_channels_last(vae: VideoVAE) -> VideoVAE:
