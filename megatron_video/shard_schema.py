@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,12 @@ from megatron_video.buckets import Bucket
 from megatron_video.errors import UserError
 from megatron_video.files import file_sha256 as file_sha256
 from megatron_video.files import write_atomically as write_atomically
+
+# The same checksums, eight times as fast, where the package is installed.
+try:
+    from isal.isal_zlib import crc32 as _crc32
+except ImportError:
+    from zlib import crc32 as _crc32
 
 # Raised when a reader of the old layout would misread the new one. Version 2: the columns of _VERSION_2, and several
 # captions of one sample.
@@ -186,11 +191,10 @@ def to_stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.bfloat16).contiguous()
 
 
-def crc32(contents: Iterable[Content]) -> int:
-    """crc32 over several byte strings as if they were one."""
-    checksum = 0
+def crc32(contents: Iterable[Content], checksum: int = 0) -> int:
+    """crc32 over several byte strings as if they were one, that follow one with `checksum`."""
     for content in contents:
-        checksum = zlib.crc32(content, checksum)
+        checksum = _crc32(content, checksum)
     return checksum
 
 

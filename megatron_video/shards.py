@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import time
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -282,7 +281,7 @@ class ShardDataset:
                 raise DamagedSampleError(f"{self._where(row)}: cannot be read: {error.strerror}") from None
             if count != len(piece):
                 raise DamagedSampleError(f"{self._where(row)}: the file ends early; encode this shard again")
-            checksum = zlib.crc32(piece, checksum) if self.verify else 0
+            checksum = crc32([piece], checksum) if self.verify else 0
         return content, checksum
 
     def _descriptor(self, shard: str) -> int:
