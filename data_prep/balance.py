@@ -144,7 +144,7 @@ def _read(manifest: Path, keep_best: Sequence[str]) -> pa.Table:
 
 def _write(manifest_in: Path, manifest_out: Path, filled: pa.Table, fingerprint: str) -> None:
     schema = pa.schema([SCHEMA.field(name) for name in _FILLED])
-    tables = cut_at(iter([filled.select(_FILLED)]), row_group_sizes(manifest_in))
+    tables = cut_at(iter([filled.select(_FILLED)]), row_group_sizes(manifest_in), schema)
     with appearing(manifest_out) as temporary:
         replace_columns(manifest_in, temporary, schema, tables, stage_metadata(fingerprint))
 
