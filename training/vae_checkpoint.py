@@ -66,9 +66,8 @@ def save_run(output: Path, state: dict[str, Any], vae: VideoVAE, updater: Update
         try:
             torch.save(state, folder / STATE_FILE)
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"{folder / STATE_FILE} cannot be written ({str(error).splitlines()[0]}); the checkpoint before it stays"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder / STATE_FILE} cannot be written ({reason}); the one before it stays") from None
         write_json(output / POINTER, {"folder": f"{FOLDER}/{folder.name}", "step": state["step"]})
         for older in (output / FOLDER).iterdir():
             if older != folder:
