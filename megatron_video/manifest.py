@@ -119,9 +119,7 @@ VERSION_2_COLUMNS: _Columns = (
     ("duplicate_of", pa.string(), "balance", "clip_id of the kept near-duplicate"),
 )
 COLUMNS: _Columns = VERSION_1_COLUMNS + VERSION_2_COLUMNS
-SCHEMA = pa.schema(
-    [(name, kind) for name, kind, _, _ in COLUMNS], metadata={VERSION_KEY: str(MANIFEST_VERSION)}
-)
+SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in COLUMNS], metadata={VERSION_KEY: str(MANIFEST_VERSION)})
 
 Row = dict[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,7 +178,9 @@ def _micro_batch(workload: Workload, number: int, generator: torch.Generator) ->
 def _single_samples(batch: Batch) -> Iterator[Batch]:
     tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
     for index in range(len(batch.latents)):
-        cut = {name: value[index : index + 1] for name, value in tensors.items() if isinstance(value, Tensor)}
+        cut: dict[str, Any] = {
+            name: value[index : index + 1] for name, value in tensors.items() if isinstance(value, Tensor)
+        }
         yield replace(batch, **cut)
 
 
