@@ -15,8 +15,9 @@ from training.local_ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 BY_NAME = {case.name: case for case in LAYOUTS}
-# Five samples of each of two sizes, in threes, at four times: 16 micro-batches of different cost.
-SETTINGS = {"samples_per_bucket": 5, "micro_batch_size": 3, "time_quantiles": 4}
+# Five and two samples of two sizes, in threes, at three times: 9 micro-batches of different cost, which neither
+# replicas nor groups of pipeline stages divide.
+SETTINGS = {"samples_per_bucket": 5, "micro_batch_size": 3, "time_quantiles": 3}
 # fp32: another order of adding inside the model.
 CLOSE = 1e-6
 NAMES = ("dp2", "dp4_zero1_overlap", "dp2_fsdp", "tp2_sp", "pp2", "pp2_vpp2", "cp3_all_gather", "tp2_sp_pp2_cp2")
@@ -25,7 +26,7 @@ SHORT = ("dp4_zero1_overlap", "dp2_fsdp", "pp2_vpp2", "tp2_sp_pp2_cp2")
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_shards(tmp_path_factory.mktemp("held_out"), {"17x48x64": 9, "1x48x48": 9}))
+    return str(write_tiny_shards(tmp_path_factory.mktemp("held_out"), {"17x48x64": 9, "1x48x48": 2}))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_figures_of_one_process_and_nothing_moved(
 def test_what_is_compared_differs(single: dict[str, Any]) -> None:
     """Layouts would also agree if weights, times and buckets had no effect."""
     figures = np.concatenate([flat(single[weights]) for weights in ("first", "trained", "averaged")])
-    assert len(figures) == 3 * (1 + 4 + 2 * 4)
+    assert len(figures) == 3 * (1 + 3 + 2 * 3)
     assert len({round(figure, 4) for figure in figures}) > len(figures) * 0.9
 
 
@@ -75,6 +76,12 @@ def test_bf16_weights_come_back_bit_for_bit(case: LayoutCase, ranks: RankPool, s
         assert report["restored"]
         assert report["next"] == step
         assert report["averaged"]["loss"] != report["trained"]["loss"]
+
+
+def test_nothing_is_dropped_out(ranks: RankPool, shards: str, single: dict[str, Any]) -> None:
+    report = ranks.run(validate, {}, shards, "float32", SETTINGS, EMA, 0.3, ranks=1)[0]
+    assert report["first"] == single["first"]
+    assert report["trained"] != single["trained"]
 
 
 @pytest.mark.parametrize("parallel", [ZERO1_OVERLAP, FSDP], ids=["zero1", "fsdp"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -41,11 +41,18 @@ class Run:
     """A model in `parallel` and its averages, trained on the held-out shards themselves."""
 
     def __init__(
-        self, parallel: dict[str, Any], shards: str, dtype: str, validation: dict[str, Any], kind: type[EMA] = EMA
+        self,
+        parallel: dict[str, Any],
+        shards: str,
+        dtype: str,
+        validation: dict[str, Any],
+        kind: type[EMA] = EMA,
+        dropout: float = 0.0,
     ) -> None:
         layout, info = ParallelConfig(**parallel), device.initialize()
         initialize_parallel(layout, seed=1, device_info=info)
-        chunks = build_dit(MODEL, layout, getattr(torch, dtype), device=info.device, init_seed=5)
+        self.dit = replace(MODEL, hidden_dropout=dropout)
+        chunks = build_dit(self.dit, layout, getattr(torch, dtype), device=info.device, init_seed=5)
         for chunk in chunks:
             _leave_no_zero(chunk, 5)
         self.model = wrap_data_parallel(chunks, layout)
@@ -58,7 +65,7 @@ class Run:
             density=TimeDensity(shift=2.0),
             text_dropout=0.5,
             text_dtype=getattr(torch, dtype),
-            model=MODEL,
+            model=self.dit,
         )
         self.validation = Validation(ValidationConfig(shards=[shards], **validation), self.data, self.builder)
 
@@ -85,10 +92,15 @@ class Run:
 
 
 def validate(
-    parallel: dict[str, Any], shards: str, dtype: str, validation: dict[str, Any], kind: type[EMA] = EMA
+    parallel: dict[str, Any],
+    shards: str,
+    dtype: str,
+    validation: dict[str, Any],
+    kind: type[EMA] = EMA,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """Losses before and after two steps, with the trained and with the averaged weights, and whether all came back."""
-    run = Run(parallel, shards, dtype, validation, kind)
+    run = Run(parallel, shards, dtype, validation, kind, dropout)
     report: dict[str, Any] = {"first": asdict(run.validation.run(run.model))}
     run.step()
     run.step()
