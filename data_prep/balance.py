@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.manifest_stream import cut_at, iter_manifest, row_group_sizes
+from data_prep.manifest_stream import iter_manifest
 from data_prep.parquet_columns import replace_columns
 from data_prep.parts import Parts, clear_parts, output_lock
 from data_prep.stage import (
@@ -144,9 +144,8 @@ def _read(manifest: Path, keep_best: Sequence[str]) -> pa.Table:
 
 def _write(manifest_in: Path, manifest_out: Path, filled: pa.Table, fingerprint: str) -> None:
     schema = pa.schema([SCHEMA.field(name) for name in _FILLED])
-    tables = cut_at(iter([filled.select(_FILLED)]), row_group_sizes(manifest_in), schema)
     with appearing(manifest_out) as temporary:
-        replace_columns(manifest_in, temporary, schema, tables, stage_metadata(fingerprint))
+        replace_columns(manifest_in, temporary, schema, [filled.select(_FILLED)], stage_metadata(fingerprint))
 
 
 def best_first(clips: pa.Table, names: Sequence[str]) -> Numbers:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from data_prep.filter_report import Histograms, print_removed, write_report
 from data_prep.filter_rules import FilterConfig, chosen_level, columns_of, load_rules, steps_of
 from data_prep.filter_verdicts import STAGE, VERDICTS, Tally, judge
-from data_prep.manifest_stream import cut_at, iter_manifest, row_group_sizes
+from data_prep.manifest_stream import iter_manifest
 from data_prep.parquet_columns import replace_columns
 from data_prep.parts import output_lock
 from data_prep.stage import (
@@ -122,11 +122,8 @@ def _write(
         _judge_only(manifest_in, cut, tally, histograms)
         return True
     verdicts = _verdicts(manifest_in, cut, tally, histograms, VERDICTS.names)
-    sizes = row_group_sizes(manifest_in)
     with appearing(manifest_out) as temporary:
-        replace_columns(
-            manifest_in, temporary, VERDICTS, cut_at(verdicts, sizes, VERDICTS), stage_metadata(fingerprint)
-        )
+        replace_columns(manifest_in, temporary, VERDICTS, verdicts, stage_metadata(fingerprint))
     return False
 
 

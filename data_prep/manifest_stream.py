@@ -42,24 +42,6 @@ def iter_manifest(path: Path, columns: Sequence[str] | None = None, rows: int = 
         yield from _ahead(complete_columns(pa.Table.from_batches([batch]), wanted) for batch in batches)
 
 
-def row_group_sizes(path: Path) -> list[int]:
-    """Rows of each row group, in order."""
-    metadata = pq.read_metadata(path)
-    return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-
-
-def cut_at(tables: Iterator[pa.Table], sizes: Sequence[int], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The same rows in tables of these sizes; nothing is copied."""
-    # A file without rows has a row group of none, and gives no tables.
-    held = [schema.empty_table()]
-    for size in sizes:
-        while sum(table.num_rows for table in held) < size:
-            held.append(next(tables))
-        joined = pa.concat_tables(held)
-        yield joined.slice(0, size)
-        held = [joined.slice(size)]
-
-
 @contextmanager
 def manifest_writer(path: Path, metadata: Mapping[str, str]) -> Iterator[pq.ParquetWriter]:
     """A manifest to which tables are written one by one; it appears when the block ends without an error."""

@@ -8,7 +8,7 @@ few columns takes; Arrow has no call for it.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,25 +36,40 @@ def replace_columns(
 
     Args:
         schema: of the new columns; flat, as the file must be.
-        tables: the new columns of each row group of `source`, in order.
+        tables: the new columns of all rows of `source`, in order and in pieces of any size.
         metadata: in place of the file's own.
 
     Raises:
-        ValueError: a table does not have the rows of its row group.
+        ValueError: the tables have more or fewer rows than the file.
     """
     with open(source, "rb") as old, open(target, "wb") as new:
         footer = _read_footer(old)
         new.write(_MAGIC)
         groups = _structs(footer, _ROW_GROUPS)
-        for group, table in zip(groups, tables, strict=True):
-            if group[_NUM_ROWS].value != table.num_rows:
-                raise ValueError(f"{table.num_rows} rows for a row group of {group[_NUM_ROWS].value}")
+        cut = _cut(iter(tables), [group[_NUM_ROWS].value for group in groups], schema)
+        for group, table in zip(groups, cut, strict=True):
             _write_group(new, group, old, _encoded(table.cast(schema)))
         _name_columns(footer, _read_footer(_encoded(schema.empty_table())))
         pairs = [{1: Field(BINARY, key.encode()), 2: Field(BINARY, value.encode())} for key, value in metadata.items()]
         footer[_KEY_VALUES] = Field(LIST, (STRUCT, pairs))
         content = encode_struct(footer)
         new.write(content + len(content).to_bytes(4, "little") + _MAGIC)
+
+
+def _cut(tables: Iterator[pa.Table], sizes: Sequence[int], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The same rows in tables of these sizes; nothing is copied."""
+    # A file without rows has a row group of none, and there may be no table for it.
+    held = schema.empty_table()
+    for size in sizes:
+        while held.num_rows < size and (table := next(tables, None)) is not None:
+            held = pa.concat_tables([held, table])
+        if held.num_rows < size:
+            raise ValueError(f"the new columns end {size - held.num_rows} rows before a row group of {size} does")
+        yield held.slice(0, size)
+        held = held.slice(size)
+    # The last piece may be empty, and must be asked for all the same: it ends what makes the pieces.
+    if held.num_rows + sum(table.num_rows for table in tables):
+        raise ValueError("the new columns have more rows than the file")
 
 
 def _read_footer(file: IO[bytes]) -> Struct:
