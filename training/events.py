@@ -25,6 +25,8 @@ class EventKind:
 
     meaning: str
     fields: tuple[str, ...] = ()
+    fault: bool = False
+    """Whether it tells of something that went wrong."""
 
 
 EVENTS: dict[str, EventKind] = {
@@ -35,33 +37,45 @@ EVENTS: dict[str, EventKind] = {
         "a checkpoint is complete; blocked_seconds: what training waited for it",
         ("checkpoint", "seconds", "blocked_seconds", "bytes"),
     ),
-    "save_failed": EventKind("a checkpoint could not be written", ("checkpoint", "reason")),
-    "checkpoint_refused": EventKind("a damaged or half-written checkpoint was passed over", ("checkpoint", "reason")),
+    "save_failed": EventKind("a checkpoint could not be written", ("checkpoint", "reason"), fault=True),
+    "checkpoint_refused": EventKind(
+        "a damaged or half-written checkpoint was passed over", ("checkpoint", "reason"), fault=True
+    ),
     "refused_step": EventKind(
         "loss or gradient was not finite, weights unchanged; batches: those whose loss was not finite, else all",
         ("loss", "grad_norm", "in_a_row", "batches"),
+        fault=True,
     ),
-    "spike": EventKind("loss or gradient norm far above its usual range", ("measure", "value", "limit", "in_a_row")),
+    "spike": EventKind(
+        "loss or gradient norm far above its usual range", ("measure", "value", "limit", "in_a_row"), fault=True
+    ),
     "rollback": EventKind(
         "weights went back to a checkpoint; skipped: data steps [first, end) that are left out from now on",
         ("checkpoint", "from_step", "skipped", "rollbacks"),
+        fault=True,
     ),
-    "rollback_impossible": EventKind("a spike that no checkpoint lies before; training went on", ("reason",)),
+    "rollback_impossible": EventKind(
+        "a spike that no checkpoint lies before; training went on", ("reason",), fault=True
+    ),
     "hang": EventKind(
         "a rank made no progress and the job ended; culprits: rank, host, phase, seconds, why; stacks: folder of them",
         ("culprits", "waiting", "stacks"),
+        fault=True,
     ),
     "straggler": EventKind(
         "a rank was slower than the others of its pipeline stage",
         ("slow_rank", "host", "coordinates", "phase", "seconds", "others_seconds", "ratio", "z_score"),
+        fault=True,
     ),
-    "corrupt_sample": EventKind("a sample could not be read and was left out", ("key", "reason")),
+    "corrupt_sample": EventKind("a sample could not be read and was left out", ("key", "reason"), fault=True),
     "validation": EventKind(
         "losses on held-out samples, by the name of the weights: loss, by_time (at quantiles of t), by_bucket",
         ("seconds", "quantiles", "losses"),
     ),
     "samples": EventKind("sample videos were made", ("seconds", "folder", "weights")),
 }
+# Names of the events that tell of something that went wrong.
+FAULTS = tuple(name for name, kind in EVENTS.items() if kind.fault)
 
 
 class EventLog:

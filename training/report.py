@@ -15,6 +15,7 @@ import numpy as np
 from megatron_video.cli import run_command
 from training import report_figures as figures
 from training.effective_time import Life, WallTime, find_lives, held_up, wall_time
+from training.events import FAULTS
 from training.report_document import Document, Picture, Section, Table
 from training.run_records import RunRecords, read_run
 from training.watch_panel import describe_event
@@ -22,18 +23,6 @@ from training.watch_panel import describe_event
 _EVENTS_SHOWN = 200
 _SHEET_WIDTH = 1400
 _GIB = 2.0**30
-_HAPPENINGS = (
-    "refused_step",
-    "spike",
-    "rollback",
-    "rollback_impossible",
-    "hang",
-    "straggler",
-    "corrupt_sample",
-    "save_failed",
-    "checkpoint_refused",
-    "stop",
-)
 _WHAT_COUNTS = (
     "Effective training time = total iteration time / total training time, as the paper of Step-Video-T2V defines it "
     "(arXiv 2502.10248, section 6.1). Total training time here is wall time from the first start of the job to its "
@@ -181,7 +170,7 @@ def _checkpoints(records: RunRecords) -> Section:
 
 
 def _faults(records: RunRecords) -> Section:
-    happened = records.events_of(*_HAPPENINGS)
+    happened = records.events_of(*FAULTS, "stop")
     counts = Counter(event["event"] for event in happened)
     told = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "none"
     text = f"{len(records.lives) - 1} restarts. Events: {told}."

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from training.events import FAULTS
 from training.run_records import seconds_of
 from training.run_tail import RunTail
 from training.time_bins import TIME_BINS, bin_label
@@ -25,17 +26,6 @@ _CURVE_WIDTH = 48
 _WINDOW = 50
 # No step for so many times the usual time of one, and at least so many seconds, is worth a warning.
 _SILENT_STEPS, _SILENT_SECONDS = 10, 60.0
-_FAULTS = (
-    "refused_step",
-    "spike",
-    "rollback",
-    "rollback_impossible",
-    "hang",
-    "straggler",
-    "corrupt_sample",
-    "save_failed",
-    "checkpoint_refused",
-)
 _STATE_COLOURS = {"running": "green", "finished": "cyan", "stopped": "yellow", "failed": "red"}
 _EVENTS_SHOWN = 3
 _GIB = 2.0**30
@@ -165,11 +155,11 @@ def _happenings(tail: RunTail) -> list[tuple[str, Any]]:
                 f"{last['blocked_seconds']:.2f} s, {last['bytes'] / _GIB:.2f} GiB",
             )
         )
-    counts = Counter(event["event"] for event in tail.of_kind(*_FAULTS))
-    faults = [f"{counts[kind]} {kind.replace('_', ' ')}" for kind in _FAULTS if counts[kind]]
+    counts = Counter(event["event"] for event in tail.of_kind(*FAULTS))
+    faults = [f"{counts[kind]} {kind.replace('_', ' ')}" for kind in FAULTS if counts[kind]]
     restarts = len(tail.lives) - 1
     rows.append(("faults", ", ".join([f"{restarts} restarts", *faults])))
-    for event in tail.of_kind(*_FAULTS, "stop")[-_EVENTS_SHOWN:]:
+    for event in tail.of_kind(*FAULTS, "stop")[-_EVENTS_SHOWN:]:
         rows.append(("", Text(f"{_ago(event['time'])}, step {event['step']:,}: {describe_event(event)}", "dim")))
     return rows
 
