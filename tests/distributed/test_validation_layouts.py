@@ -84,6 +84,7 @@ def test_nothing_is_dropped_out(ranks: RankPool, shards: str, single: dict[str, 
     assert report["trained"] != single["trained"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("parallel", [ZERO1_OVERLAP, FSDP], ids=["zero1", "fsdp"])
 def test_averages_in_host_memory_change_places_too(parallel: dict[str, Any], ranks: RankPool, shards: str) -> None:
     reports = ranks.run(validate, parallel, shards, "bfloat16", SETTINGS, HostEMA, ranks=2)
