@@ -1,31 +1,17 @@
-"""Manifests that are larger than memory: read and written piece by piece, with reading ahead on a thread."""
+"""Manifests that are larger than memory: read piece by piece, with reading ahead on a thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_video.files import appearing
 from megatron_video.manifest import SCHEMA, complete_columns, read_schema
 
 PIECE_ROWS = 131_072
-# Values that repeat: a dictionary pays. In the other columns building one is most of the time of writing.
-_REPEATING = (
-    "language",
-    "codec",
-    "pixel_format",
-    "color_transfer",
-    "bucket",
-    "shard",
-    "dropped_by",
-    "subset",
-    "tag_models",
-)
 
 
 def iter_manifest(path: Path, columns: Sequence[str] | None = None, rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
@@ -40,20 +26,6 @@ def iter_manifest(path: Path, columns: Sequence[str] | None = None, rows: int = 
     with pq.ParquetFile(path, pre_buffer=False) as file:
         batches = file.iter_batches(rows, columns=[name for name in wanted if name in present])
         yield from _ahead(complete_columns(pa.Table.from_batches([batch]), wanted) for batch in batches)
-
-
-@contextmanager
-def manifest_writer(path: Path, metadata: Mapping[str, str]) -> Iterator[pq.ParquetWriter]:
-    """A manifest to which tables are written one by one; it appears when the block ends without an error."""
-    extra = {key.encode(): value.encode() for key, value in metadata.items()}
-    schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **extra})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    repeating = [name for name in _REPEATING if name in SCHEMA.names]
-    with (
-        appearing(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=repeating) as writer,
-    ):
-        yield writer
 
 
 def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
