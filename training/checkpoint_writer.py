@@ -138,7 +138,9 @@ class InProcessStrategy(TorchDistSaveShardedStrategy):
 def parallel(strategy: InProcessStrategy) -> SaveShardedStrategy:
     """What several replicas hold alike is written by all of them, each a share, instead of all by the first."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if group.size() == 1:
+    # Virtual stages of one rank hold the embedders twice; megatron-core 0.16.1 would deal out both as main copies.
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    if group.size() == 1 or virtual > 1:
         return strategy
     return FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.distributed
 BY_NAME = {case.name: case for case in (ONE_PROCESS, *LAYOUTS)}
 # Each way in which the state is cut, and what makes the copy late: gathers that are still under way.
 HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in ("dp2", "tp2_sp")]
-CASES = ["dp2_zero1_overlap", "pp2_vpp2", "dp2_fsdp", *HEAVY]
+CASES = ["dp2_zero1_overlap", "pp2_vpp2", "tp2_sp_pp2_vpp2_dp2_zero1", "dp2_fsdp", *HEAVY]
 
 
 def save(session: Session, saver: CheckpointSaver, step: int) -> Path:
