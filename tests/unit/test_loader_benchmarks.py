@@ -1,10 +1,11 @@
-"""The benchmarks of index and loader run, at sizes that say nothing about speed, and read what was written."""
+"""The benchmarks of index, loader and data wait run, at sizes that say nothing about speed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import data_wait_bench
 import index_bench
 import loader_bench
 import pytest
@@ -36,3 +37,11 @@ def test_loader_bench_reads_the_same_samples_with_every_reader(tmp_path: Path) -
         "read and decode",
         "noise and posterior draws",
     }
+
+
+def test_data_wait_bench_measures_the_threads_and_the_workers_loader(tmp_path: Path) -> None:
+    sizes = "--workers 0 1 --steps 3 --images 2 --samples 8"
+    data_wait_bench.main([*sizes.split(), "--folder", str(tmp_path), "--out", str(tmp_path / "wait.json")])
+    rows = json.loads((tmp_path / "wait.json").read_text())["rows"]
+    assert [row["workers"] for row in rows] == [0, 1]
+    assert all(0 <= row["wait_share"] < 1 and row["cpu_s_a_step"] > 0 for row in rows)

@@ -110,6 +110,25 @@ def test_a_flipped_byte_names_the_shard_and_the_key(tmp_path: Path, payload: str
     assert_same(dataset[5], samples[5])
 
 
+def test_a_read_that_fails_for_a_while_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = write_dataset(tmp_path)
+    shard, away = tmp_path / "shard-000000.tar", tmp_path / "away.tar"
+    shard.rename(away)
+    pauses: list[float] = []
+
+    def wait(seconds: float) -> None:
+        pauses.append(seconds)
+        # The file server is back before the third attempt.
+        if len(pauses) == 2:
+            away.rename(shard)
+
+    monkeypatch.setattr("megatron_video.shards.time.sleep", wait)
+    with pytest.raises(UserError, match=r"shard-000000\.tar.*No such file"):
+        ShardDataset(tmp_path, read_attempts=2)[0]
+    assert len(pauses) == 1
+    assert_same(ShardDataset(tmp_path, read_attempts=2)[0], samples[0])
+
+
 def test_a_shard_that_ends_early_or_is_gone_is_named(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     path = tmp_path / "shard-000001.tar"
