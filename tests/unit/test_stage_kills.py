@@ -46,6 +46,18 @@ from megatron_video.cli import run_command
 resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
 sys.exit(run_command(cli.main, sys.argv[1:]))
 """
+# Imported by every Python process: the first one that opens clip3 dies.
+DEADLY_ONCE = """
+import os, signal, av
+plain_open = av.open
+def deadly_open(file, *arguments, **keywords):
+    mark = os.environ["DEADLY_MARK"]
+    if "clip3" in str(file) and not os.path.exists(mark):
+        open(mark, "x").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain_open(file, *arguments, **keywords)
+av.open = deadly_open
+"""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +93,18 @@ def test_a_killed_stage_goes_on_to_the_same_manifest(
     assert data(*arguments) == 0
     assert out.read_bytes() == pipeline.manifest(stage).read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("stage", ["ingest", "segment", "tag"])
+def test_a_stage_whose_worker_is_killed_makes_the_same_manifest(pipeline: Pipeline, tmp_path: Path, stage: str) -> None:
+    out, mark = tmp_path / pipeline.manifest(stage).name, tmp_path / "killed"
+    (tmp_path / "sitecustomize.py").write_text(DEADLY_ONCE)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}", "DEADLY_MARK": str(mark)}
+    command = [sys.executable, "-m", "data_prep.cli", *pipeline.arguments(stage, out), "--workers", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert mark.exists()
+    assert out.read_bytes() == pipeline.manifest(stage).read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["ingest", "tag", "filter"])
