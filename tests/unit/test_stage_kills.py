@@ -143,10 +143,12 @@ def test_what_a_killed_worker_had_under_way_is_done_again(tmp_path: Path) -> Non
 
 # Its parent tells who works, and waits; the workers sleep.
 SLEEPING = """
-import sys, time
+import signal, sys, time
 from data_prep.workers import Execution, parallel_map
 from test_stage_kills import sleep_and_tell
 if __name__ == "__main__":
+    # A test run in the background of a shell passes on that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     list(parallel_map(sleep_and_tell, [sys.argv[1]] * 4, Execution(2)))
 """
 
