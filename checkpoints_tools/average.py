@@ -18,8 +18,8 @@ from checkpoints_tools.convert import WRITING_SUFFIX, digest
 from checkpoints_tools.core import CoreCheckpoint, stream_core
 from megatron_video.config_io import config_to_dict
 from megatron_video.errors import UserError
+from megatron_video.files import rename_durably
 from training.checkpoint import read_state
-from training.checkpoint_files import rename_durably
 
 RECORD = "average.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

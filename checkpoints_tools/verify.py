@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_video.errors import UserError
+from training.checkpoint_disk import GIGABYTE
 from training.checkpoint_files import STATE_FILE, StoredFile, find_flip, read_state_values
 from training.checkpoint_folders import step_folders
-
-GIGABYTE = 1e9
 
 
 @dataclass

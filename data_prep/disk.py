@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_video.errors import UserError
-
-# errno -> what a user calls it
-FULL_DISK = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the limit on the size of a file is reached",
-}
+from megatron_video.errors import FULL_DISK, UserError
 
 
 @contextmanager

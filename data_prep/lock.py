@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from data_prep.disk import FULL_DISK
 from data_prep.workers import Shard
-from megatron_video.errors import UserError
+from megatron_video.errors import FULL_DISK, UserError
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ The table holds module names, not imports: `megatron_video` depends on no other 
 
 from __future__ import annotations
 
-import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 from megatron_video import __version__
-from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
+from megatron_video.errors import BAD_INPUT_EXIT_CODE, FULL_DISK, UserError
 
 # command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -35,10 +34,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-# No space, quota used up, largest size of a file reached.
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Call a command's `main`; bad input or a full disk becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
@@ -48,7 +43,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return BAD_INPUT_EXIT_CODE
     except OSError as error:
         # Stages that know their folder say more; others must not end with a traceback either.
-        if error.errno not in _DISK_FULL:
+        if error.errno not in FULL_DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}; make room and give the same command again", file=sys.stderr)

@@ -31,12 +31,18 @@ def publish(temporary: Path, path: Path) -> None:
 
     So of two files that are published one after the other, a power loss never leaves the second alone.
     """
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    sync(temporary)
+    rename_durably(temporary, path)
 
 
-def _sync(path: Path) -> None:
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename within a folder, or replace a file, so that a power loss does not undo it."""
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file's content, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_video.files import rename_durably
+
 # Written once here; readers and writers go by the same names.
 STATE_FILE, CONFIG_FILE, LATEST_FILE = "train_state.json", "config.yaml", "latest"
 WRITING_SUFFIX, REPLACED_SUFFIX, DELETING_SUFFIX = ".writing", ".replaced", ".deleting"
@@ -89,21 +91,6 @@ def durable_file(path: Path) -> Iterator[ChecksummedStream]:
             raise
         # A write that fails knows no name.
         raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
-def sync(path: Path) -> None:
-    """Put a file's bytes, or a folder's list of names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def rename_durably(source: Path, target: Path) -> None:
-    """Rename within a folder, or replace a file, so that it is not undone by a power failure."""
-    os.replace(source, target)
-    sync(target.parent)
 
 
 def write_durably(path: Path, text: str) -> None:

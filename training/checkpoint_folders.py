@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_video.errors import UserError
+from megatron_video.files import rename_durably, sync
 from training.checkpoint_config import CheckpointConfig
 from training.checkpoint_files import (
     DELETING_SUFFIX,
@@ -29,8 +30,6 @@ from training.checkpoint_files import (
     find_fault,
     find_flip,
     read_state_values,
-    rename_durably,
-    sync,
     write_durably,
 )
 from training.checkpoint_retention import Stored, deletable

@@ -30,6 +30,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_video.config_io import save_config
+from megatron_video.files import sync
 from training.checkpoint_config import CheckpointConfig
 from training.checkpoint_disk import GIGABYTE, describe, make_folder, wait_until_visible
 from training.checkpoint_files import (
@@ -37,7 +38,6 @@ from training.checkpoint_files import (
     WRITING_SUFFIX,
     WRITTEN,
     stored_file,
-    sync,
     write_state,
 )
 from training.checkpoint_folders import prune, publish, step_folder

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import linecache
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from megatron.core import parallel_state
 from training.checkpoint_saver import SAVE_GROUP
 from training.phases import PHASES, Heartbeat
 from training.rank_table import RankPlace, RankTable
+from training.telemetry import write_json
 
 _PROJECT = Path(__file__).parents[1]
 # Name of the thread that builds batches where there are no worker processes (training/data.py).
@@ -100,10 +100,7 @@ def find_culprits(reports: Mapping[int, RankReport], table: RankTable) -> list[C
 
 def write_report(report: RankReport, folder: Path) -> None:
     """Leave the report where all ranks look for it; it appears whole."""
-    path = folder / f"rank_{report.rank:05d}.json"
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(folder / f"rank_{report.rank:05d}.json", asdict(report))
 
 
 def find_reports(folder: Path) -> list[Path]:

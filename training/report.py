@@ -17,12 +17,11 @@ from training import report_figures as figures
 from training.effective_time import Life, WallTime, find_lives, held_up, wall_time
 from training.events import FAULTS
 from training.report_document import Document, Picture, Section, Table
-from training.run_records import RunRecords, read_run
+from training.run_records import GIB, RunRecords, read_run
 from training.watch_panel import describe_event
 
 _EVENTS_SHOWN = 200
 _SHEET_WIDTH = 1400
-_GIB = 2.0**30
 _WHAT_COUNTS = (
     "Effective training time = total iteration time / total training time, as the paper of Step-Video-T2V defines it "
     "(arXiv 2502.10248, section 6.1). Total training time here is wall time from the first start of the job to its "
@@ -162,7 +161,7 @@ def _checkpoints(records: RunRecords) -> Section:
         ("saves", f"{len(saves):,}"),
         ("seconds until complete, mean and largest", f"{np.mean(seconds):.2f}, {max(seconds):.2f}"),
         ("seconds that training waited, mean and largest", f"{np.mean(blocked):.3f}, {max(blocked):.3f}"),
-        ("GiB of the last one", f"{saves[-1]['bytes'] / _GIB:.3f}"),
+        ("GiB of the last one", f"{saves[-1]['bytes'] / GIB:.3f}"),
         ("the last one", str(saves[-1]["checkpoint"])),
     ]
     picture = Picture("checkpoints", "seconds of every save", figures.checkpoint_figure(records) or b"")

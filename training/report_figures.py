@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.effective_time import WallTime, find_lives, held_up
-from training.run_records import Floats, RunRecords
+from training.run_records import GIB, Floats, RunRecords
 from training.time_bins import TIME_BINS, bin_label
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _FAULTS = {
     "corrupt_sample": (".", "tab:gray"),
 }
 _RESTART_COLOUR = "tab:green"
-_GIB = 2.0**30
 
 
 def loss_figure(records: RunRecords) -> bytes:
@@ -157,7 +156,7 @@ def memory_figure(records: RunRecords) -> bytes | None:
 
     def draw(axes: Axes) -> None:
         for key, label in names.items():
-            values = [memory.get(key, 0) / _GIB for _, memory in measured]
+            values = [memory.get(key, 0) / GIB for _, memory in measured]
             if any(values):
                 axes.plot([step for step, _ in measured], values, ".-", markersize=3, linewidth=1, label=label)
         axes.set_ylim(bottom=0)

@@ -18,6 +18,8 @@ from megatron_video.errors import UserError
 from training.events import read_events
 from training.time_bins import TIME_BINS
 
+GIB = 2.0**30
+
 METRICS_FILE, LIVES_FILE, STATUS_FILE, CONFIG_FILE = "metrics.jsonl", "run_info.json", "status.json", "config.yaml"
 Floats = npt.NDArray[np.float64]
 NUMBERS = (

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training.events import FAULTS
-from training.run_records import seconds_of
+from training.run_records import GIB, seconds_of
 from training.run_tail import RunTail
 from training.time_bins import TIME_BINS, bin_label
 
@@ -28,7 +28,6 @@ _WINDOW = 50
 _SILENT_STEPS, _SILENT_SECONDS = 10, 60.0
 _STATE_COLOURS = {"running": "green", "finished": "cyan", "stopped": "yellow", "failed": "red"}
 _EVENTS_SHOWN = 3
-_GIB = 2.0**30
 
 
 def run_panel(tail: RunTail) -> Panel:
@@ -139,7 +138,7 @@ def _speed(tail: RunTail, window: list[dict[str, Any]]) -> str:
 
 def _memory(tail: RunTail) -> str:
     names = {"cuda_allocated": "tensors on a device", "cuda_reserved": "reserved", "host_rss": "host memory of a rank"}
-    known = [f"{tail.memory[key] / _GIB:.2f} GiB {name}" for key, name in names.items() if tail.memory.get(key)]
+    known = [f"{tail.memory[key] / GIB:.2f} GiB {name}" for key, name in names.items() if tail.memory.get(key)]
     return ", ".join(known) or "not measured yet"
 
 
@@ -152,7 +151,7 @@ def _happenings(tail: RunTail) -> list[tuple[str, Any]]:
             (
                 "checkpoint",
                 f"step {last['step']:,}, {_ago(last['time'])}, {last['seconds']:.1f} s, held up "
-                f"{last['blocked_seconds']:.2f} s, {last['bytes'] / _GIB:.2f} GiB",
+                f"{last['blocked_seconds']:.2f} s, {last['bytes'] / GIB:.2f} GiB",
             )
         )
     counts = Counter(event["event"] for event in tail.of_kind(*FAULTS))
