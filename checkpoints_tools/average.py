@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.convert import WRITING_SUFFIX, digest
+from checkpoints_tools.convert import WRITING_SUFFIX
 from checkpoints_tools.core import CoreCheckpoint, stream_core
+from checkpoints_tools.weights import digest
 from megatron_video.config_io import config_to_dict
 from megatron_video.errors import UserError
 from megatron_video.files import rename_durably
@@ -84,7 +85,7 @@ def average(sources: Sequence[Source], output: Path, ema: bool = False, dtype: t
     mean = _Mean([CoreCheckpoint(source.path, averaged=ema) for source in sources], [s.weight for s in sources])
     # The averages are fp32; the model they are for has its own type.
     weights = CoreCheckpoint(sources[0].path)
-    templates = {name: weights.template(name).to(dtype) for name in sorted(weights.names)}
+    templates = {name: template.to(dtype) for name, template in sorted(weights.templates.items())}
     writing = output.with_name(output.name + WRITING_SUFFIX)
     shutil.rmtree(writing, ignore_errors=True)
     writing.parent.mkdir(parents=True, exist_ok=True)
@@ -157,8 +158,8 @@ def _check_sources(checkpoints: Sequence[CoreCheckpoint]) -> None:
         wrong = [f"{name} {theirs[name]} and {ours[name]}" for name in ours if theirs[name] != ours[name]]
         if wrong:
             raise UserError(f"{other.folder} and {first.folder} hold other models: {'; '.join(wrong)}")
-        if other.names != first.names:
-            differing = ", ".join(sorted(other.names ^ first.names)[:5])
+        if other.templates.keys() != first.templates.keys():
+            differing = ", ".join(sorted(other.templates.keys() ^ first.templates.keys())[:5])
             raise UserError(f"{other.folder} and {first.folder} hold other tensors: {differing}")
 
 

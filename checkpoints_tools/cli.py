@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools import average
-from checkpoints_tools.convert import convert, digests, open_checkpoint
+from checkpoints_tools.convert import convert, digests
+from checkpoints_tools.forms import open_weights
 from checkpoints_tools.released import GIGABYTE
 from checkpoints_tools.verify import checkpoints_of, verify
 
@@ -74,7 +75,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    first, second = digests(open_checkpoint(arguments.first)), digests(open_checkpoint(arguments.second))
+    first, second = digests(open_weights(arguments.first)), digests(open_weights(arguments.second))
     different = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
     if arguments.json:
         print(json.dumps({"equal": not different, "tensors": len({*first, *second}), "different": different}))

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from checkpoints_tools.models import KINDS
 from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
 from megatron_video.parallel import one_process
@@ -42,6 +43,7 @@ class CoreCheckpoint:
         """
         self.folder = find_checkpoint(path)
         self.config = read_model_config(self.folder)
+        self.model = KINDS["dit"].build(self.config)
         metadata = dcp.FileSystemReader(str(self.folder)).read_metadata()
         self._prefix = _EMA_PREFIX if averaged else ""
         # Beside the weights lie the optimizer's tensors and the averages, under the weights' names with a prefix.
@@ -55,21 +57,28 @@ class CoreCheckpoint:
             raise UserError(f"{self.folder} holds no averaged weights; train with ema.decay, or leave out --ema")
 
     @property
-    def names(self) -> set[str]:
-        """Our names of the weights present."""
-        return set(self._stored)
+    def origin(self) -> Path:
+        """The step's folder."""
+        return self.folder
+
+    @property
+    def templates(self) -> Mapping[str, Tensor]:
+        """Our name -> shape and dtype, on the meta device."""
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in self._stored.items()
+        }
+
+    def stored_name(self, name: str) -> str:
+        """With the prefix that averages have."""
+        return self._prefix + name
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in its stored dtype."""
-        template = self.template(name)
-        state = {self._prefix + name: torch.empty(template.shape, dtype=template.dtype)}
+        entry = self._stored[name]
+        state = {self._prefix + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         dcp.load(state, storage_reader=dcp.FileSystemReader(str(self.folder)), no_dist=True)
         return state[self._prefix + name]
-
-    def template(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor, without its values."""
-        entry = self._stored[name]
-        return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
 
 def stream_core(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints_tools.models import KINDS
+from checkpoints_tools.weights import Model
 from megatron_video.config_io import build_config
 from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
@@ -20,6 +23,8 @@ CONFIG_FILE = "config.json"
 STEM = "diffusion_pytorch_model"
 INDEX_FILE = f"{STEM}.safetensors.index.json"
 GIGABYTE = 1_000_000_000
+# safetensors' names of the types that weights have
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # fields of the released config.json that say what DiTConfig says, under the same name
 SHARED_FIELDS = (
@@ -44,7 +49,7 @@ FIXED_FIELDS: dict[str, Any] = {
 
 
 class ReleasedFolder:
-    """Tensors of a released folder by released name, read one at a time."""
+    """Tensors of a released folder by our names, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder.
@@ -53,18 +58,34 @@ class ReleasedFolder:
             UserError: no config.json or no weights, or a file that is not safetensors.
         """
         self.folder = folder
-        self.config = read_config(folder)
-        self._files = {name: path for path in _weight_files(folder) for name in _names(path)}
+        self.model = KINDS["dit"].build(read_config(folder))
+        ours = {theirs: ours for ours, theirs in self.model.released.items()}
+        # What is unknown keeps its own name, to be refused by it.
+        self._places = {
+            ours.get(name, name): (path, name, template)
+            for path in _weight_files(folder)
+            for name, template in _templates(path).items()
+        }
 
     @property
-    def names(self) -> set[str]:
-        """Released names present."""
-        return set(self._files)
+    def origin(self) -> Path:
+        """The folder."""
+        return self.folder
+
+    @property
+    def templates(self) -> Mapping[str, Tensor]:
+        """Our name -> shape and dtype, on the meta device."""
+        return {name: template for name, (_, _, template) in self._places.items()}
+
+    def stored_name(self, name: str) -> str:
+        """The released name."""
+        return self.model.released.get(name, name)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in its stored dtype."""
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        path, stored, _ = self._places[name]
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
             return tensor
 
 
@@ -90,18 +111,21 @@ def read_config(folder: Path) -> DiTConfig:
     return build_config(DiTConfig, values, origin=str(path))
 
 
-def write_released(folder: Path, config: DiTConfig, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write config.json and the tensors, in files of at most `shard_bytes` where single tensors allow it.
+def write_released(folder: Path, model: Model, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write config.json and the tensors, which come under our names.
+
+    Files have at most `shard_bytes` where single tensors allow it.
 
     Only the tensors of one file are in memory at a time.
     """
     folder.mkdir(parents=True)
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(model.config)
     shared = {name: values[name] for name in SHARED_FIELDS}
     (folder / CONFIG_FILE).write_text(json.dumps(FIXED_FIELDS | shared, indent=2) + "\n", encoding="utf-8")
+    renamed = ((model.released[name], tensor) for name, tensor in tensors)
     placed: dict[str, int] = {}
     total = count = 0
-    for count, shard in enumerate(_shards(tensors, shard_bytes), start=1):
+    for count, shard in enumerate(_shards(renamed, shard_bytes), start=1):
         save_file(shard, folder / f"{STEM}-{count:05d}.safetensors", metadata={"format": "pt"})
         placed |= dict.fromkeys(shard, count)
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -145,9 +169,13 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _names(path: Path) -> list[str]:
+def _templates(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {
+                name: torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device="meta")
+                for name, found in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None

@@ -95,7 +95,7 @@ def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(parameter, expected), name
     average([Source(tmp_path / "run1"), Source(tmp_path / "run2")], tmp_path / "wide", dtype=torch.float32)
     wide = CoreCheckpoint(tmp_path / "wide")
-    assert {wide.template(name).dtype for name in wide.names} == {torch.float32}
+    assert {template.dtype for template in wide.templates.values()} == {torch.float32}
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     # The one before may still be in the hand that wrote it.
     assert max(alive) <= 1
     stored = CoreCheckpoint(tmp_path / "out")
-    assert stored.names == set(templates)
+    assert stored.templates.keys() == templates.keys()
     assert all(stored.tensor(name).shape == template.shape for name, template in templates.items())
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_run
 
 from checkpoints_tools import cli
-from checkpoints_tools.convert import convert, digests, open_checkpoint
+from checkpoints_tools.convert import convert, digests
 from checkpoints_tools.core import CoreCheckpoint
-from checkpoints_tools.dit_names import released_names
+from checkpoints_tools.forms import open_weights
 from checkpoints_tools.released import GIGABYTE, ReleasedFolder
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
@@ -45,8 +45,8 @@ def test_there_and_back_is_bit_exact(run: Path, released: Path, tmp_path: Path) 
     report = convert(released, back, shard_bytes=GIGABYTE, verify=True)
     assert report.direction == "released -> core"
     first, second = CoreCheckpoint(run), CoreCheckpoint(back)
-    assert first.names == second.names == set(released_names(first.config))
-    for name in first.names:
+    assert first.templates.keys() == second.templates.keys() == first.model.released.keys()
+    for name in first.templates:
         assert torch.equal(first.tensor(name), second.tensor(name)), name
     assert run_command(cli.main, ["compare", str(run), str(back)]) == 0
 
@@ -54,19 +54,19 @@ def test_there_and_back_is_bit_exact(run: Path, released: Path, tmp_path: Path) 
 def test_released_folder_has_the_released_names_and_config(run: Path, released: Path) -> None:
     tensors = load_file(released / "diffusion_pytorch_model.safetensors")
     core = CoreCheckpoint(run)
-    assert set(tensors) == set(released_names(core.config).values())
+    assert set(tensors) == set(core.model.released.values())
     ours = core.tensor("layers.1.self_attention.linear_qkv.weight")
     assert torch.equal(tensors["transformer_blocks.1.attn1.wqkv.weight"], ours)
     stored = json.loads((released / "config.json").read_text())
     assert stored["_class_name"] == "StepVideoModel"
-    assert ReleasedFolder(released).config == core.config
+    assert ReleasedFolder(released).model == core.model
 
 
 def test_several_files_with_an_index_say_the_same(run: Path, released: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     convert(run, cut, shard_bytes=100_000, verify=True)
     assert len(list(cut.glob("*-of-*.safetensors"))) > 2
-    assert digests(open_checkpoint(cut)) == digests(open_checkpoint(released))
+    assert digests(open_weights(cut)) == digests(open_weights(released))
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_compare_names_the_tensor_that_differs(
 ) -> None:
     other = copy_with(released, tmp_path / "other", **{"proj_out.bias": torch.full((4,), 9.0)})
     assert run_command(cli.main, ["compare", str(released), str(other), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["different"] == ["proj_out.bias"]
+    assert json.loads(capsys.readouterr().out)["different"] == ["head.projection.bias"]
