@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_tools.models import KINDS
+from checkpoints_tools.safetensors_files import SafetensorsFiles, SafetensorsSink, find_weight_files
 from checkpoints_tools.weights import Model
 from megatron_video.config_io import build_config
 from megatron_video.dit import DiTConfig
@@ -21,10 +19,7 @@ from megatron_video.errors import UserError
 
 CONFIG_FILE = "config.json"
 STEM = "diffusion_pytorch_model"
-INDEX_FILE = f"{STEM}.safetensors.index.json"
 GIGABYTE = 1_000_000_000
-# safetensors' names of the types that weights have
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # fields of the released config.json that say what DiTConfig says, under the same name
 SHARED_FIELDS = (
@@ -60,12 +55,9 @@ class ReleasedFolder:
         self.folder = folder
         self.model = KINDS["dit"].build(read_config(folder))
         ours = {theirs: ours for ours, theirs in self.model.released.items()}
+        self._files = SafetensorsFiles(find_weight_files(folder))
         # What is unknown keeps its own name, to be refused by it.
-        self._places = {
-            ours.get(name, name): (path, name, template)
-            for path in _weight_files(folder)
-            for name, template in _templates(path).items()
-        }
+        self._stored = {ours.get(name, name): name for name in self._files.templates}
 
     @property
     def origin(self) -> Path:
@@ -75,7 +67,7 @@ class ReleasedFolder:
     @property
     def templates(self) -> Mapping[str, Tensor]:
         """Our name -> shape and dtype, on the meta device."""
-        return {name: template for name, (_, _, template) in self._places.items()}
+        return {name: self._files.templates[stored] for name, stored in self._stored.items()}
 
     def stored_name(self, name: str) -> str:
         """The released name."""
@@ -83,10 +75,7 @@ class ReleasedFolder:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in its stored dtype."""
-        path, stored, _ = self._places[name]
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored)
-            return tensor
+        return self._files.tensor(self._stored[name])
 
 
 def read_config(folder: Path) -> DiTConfig:
@@ -111,71 +100,19 @@ def read_config(folder: Path) -> DiTConfig:
     return build_config(DiTConfig, values, origin=str(path))
 
 
-def write_released(folder: Path, model: Model, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write config.json and the tensors, which come under our names.
-
-    Files have at most `shard_bytes` where single tensors allow it.
-
-    Only the tensors of one file are in memory at a time.
-    """
-    folder.mkdir(parents=True)
+def write_config(folder: Path, model: Model) -> None:
+    """Write the config.json that the released code reads."""
     values = dataclasses.asdict(model.config)
     shared = {name: values[name] for name in SHARED_FIELDS}
     (folder / CONFIG_FILE).write_text(json.dumps(FIXED_FIELDS | shared, indent=2) + "\n", encoding="utf-8")
-    renamed = ((model.released[name], tensor) for name, tensor in tensors)
-    placed: dict[str, int] = {}
-    total = count = 0
-    for count, shard in enumerate(_shards(renamed, shard_bytes), start=1):
-        save_file(shard, folder / f"{STEM}-{count:05d}.safetensors", metadata={"format": "pt"})
-        placed |= dict.fromkeys(shard, count)
-        total += sum(tensor.nbytes for tensor in shard.values())
-    _name_files(folder, placed, total, count)
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
-def _name_files(folder: Path, placed: dict[str, int], total: int, count: int) -> None:
-    if count == 1:
-        (folder / f"{STEM}-00001.safetensors").rename(folder / f"{STEM}.safetensors")
-        return
-    names = {i: f"{STEM}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
-    for i, name in names.items():
-        (folder / f"{STEM}-{i:05d}.safetensors").rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in placed.items()}}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no .safetensors file")
-    return files
-
-
-def _templates(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return {
-                name: torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device="meta")
-                for name, found in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+def write_released(folder: Path, model: Model, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write config.json and the tensors, which come under our names; all of them are in memory at once."""
+    folder.mkdir(parents=True)
+    held = dict(tensors)
+    sink = SafetensorsSink(folder, held, STEM, shard_bytes, model.released)
+    for name in sink.names:
+        sink.write(name, held[name])
+    sink.finish()
+    write_config(folder, model)
