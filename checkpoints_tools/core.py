@@ -13,11 +13,11 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from checkpoints_tools.core_contents import CoreContents, Part
 from checkpoints_tools.models import KINDS
 from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
@@ -44,15 +44,10 @@ class CoreCheckpoint:
         self.folder = find_checkpoint(path)
         self.config = read_model_config(self.folder)
         self.model = KINDS["dit"].build(self.config)
-        metadata = dcp.FileSystemReader(str(self.folder)).read_metadata()
+        self.contents = CoreContents(self.folder)
         self._prefix = _EMA_PREFIX if averaged else ""
-        # Beside the weights lie the optimizer's tensors and the averages, under the weights' names with a prefix.
-        self._stored = {
-            name.removeprefix(self._prefix): entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-            and (name.startswith(self._prefix) if averaged else not name.startswith(("optimizer.", _EMA_PREFIX)))
-        }
+        part: Part = "averages" if averaged else "weights"
+        self._stored = {entry.name: entry for entry in self.contents.of_part(part).values()}
         if averaged and not self._stored:
             raise UserError(f"{self.folder} holds no averaged weights; train with ema.decay, or leave out --ema")
 
@@ -65,8 +60,7 @@ class CoreCheckpoint:
     def templates(self) -> Mapping[str, Tensor]:
         """Our name -> shape and dtype, on the meta device."""
         return {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in self._stored.items()
+            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in self._stored.items()
         }
 
     def stored_name(self, name: str) -> str:
@@ -75,10 +69,7 @@ class CoreCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in its stored dtype."""
-        entry = self._stored[name]
-        state = {self._prefix + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(str(self.folder)), no_dist=True)
-        return state[self._prefix + name]
+        return self.contents.tensor(self._stored[name].fqn)
 
 
 def stream_core(
