@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -18,11 +19,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from checkpoints_tools.core_contents import CoreContents, Part
-from checkpoints_tools.models import KINDS
-from megatron_video.dit import DiTConfig
+from checkpoints_tools.models import kind_of, read_model
 from megatron_video.errors import UserError
 from megatron_video.parallel import one_process
-from training.checkpoint import complete_weights, find_checkpoint, read_model_config, write_weights
+from training.checkpoint import complete_weights, find_checkpoint, write_weights
 from training.checkpoint_files import durable_file
 from training.checkpoint_writer import FORMAT, FORMAT_VERSION
 from training.optimizer_state import EMA_PREFIX
@@ -42,8 +42,8 @@ class CoreCheckpoint:
             UserError: nothing there, half written, or damaged; no averages in it.
         """
         self.folder = find_checkpoint(path)
-        self.config = read_model_config(self.folder)
-        self.model = KINDS["dit"].build(self.config)
+        self.model = read_model(self.folder)
+        self.config = self.model.config
         self.contents = CoreContents(self.folder)
         self._prefix = _EMA_PREFIX if averaged else ""
         part: Part = "averages" if averaged else "weights"
@@ -59,9 +59,7 @@ class CoreCheckpoint:
     @property
     def templates(self) -> Mapping[str, Tensor]:
         """Our name -> shape and dtype, on the meta device."""
-        return {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in self._stored.items()
-        }
+        return {name: entry.template for name, entry in self._stored.items()}
 
     def stored_name(self, name: str) -> str:
         """With the prefix that averages have."""
@@ -73,13 +71,13 @@ class CoreCheckpoint:
 
 
 def stream_core(
-    folder: Path, config: DiTConfig, templates: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor]
+    folder: Path, config: Any, templates: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor]
 ) -> None:
     """Write the new `folder` as `write_core` does, with one tensor in memory at a time.
 
     Args:
         folder: is made; what it lacks to be a complete checkpoint is written last.
-        config: the model.
+        config: the model's sizes, in the dataclass of its kind.
         templates: shape and dtype of every tensor by our names, on the meta device.
         tensor_of: asked for every tensor once, when its turn has come.
     """
@@ -88,7 +86,7 @@ def stream_core(
     # What megatron-core looks for beside the tensors: which format they have, and values of no tensor (none here).
     save_config(CheckpointingConfig(FORMAT, FORMAT_VERSION), str(folder))
     torch.save({}, folder / COMMON_STATE_FNAME)
-    complete_weights(folder, config)
+    complete_weights(folder, config, kind_of(config).section)
 
 
 class _LatePlanner(DefaultSavePlanner):
@@ -123,11 +121,11 @@ class _OneByOneWriter(dcp.FileSystemWriter):
         return written
 
 
-def write_core(folder: Path, config: DiTConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_core(folder: Path, config: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write weights under our names as a checkpoint of step 0 that any layout can load.
 
     All tensors are in memory at once.
     """
     with one_process():
         sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors}
-        write_weights(folder, sharded, config)
+        write_weights(folder, sharded, config, kind_of(config).section)

@@ -87,6 +87,12 @@ class Entry:
     chunks: tuple[Chunk, ...]
 
     @property
+    def template(self) -> Tensor:
+        """Shape and dtype of a tensor, on the meta device."""
+        assert self.dtype is not None, self.fqn
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    @property
     def elements(self) -> int:
         """Values of the whole tensor; 0 for an object."""
         return 0 if self.dtype is None else torch.Size(self.shape).numel()
