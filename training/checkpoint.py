@@ -42,6 +42,10 @@ from training.checkpoint_writer import InProcessStrategy
 from training.ema import EMA
 from training.optimizer_state import load_optimizer_state
 
+# Key of config.yaml under which the sizes of the trained model stand, and those of converted checkpoints of others.
+MODEL_SECTION = "model"
+OTHER_SECTIONS = {"vae": "Video-VAE", "clip": "CLIP text encoder", "step_llm": "Step-LLM text encoder"}
+
 
 @dataclass
 class TrainState:
@@ -96,17 +100,23 @@ def save_checkpoint(
     return saver.save(model, optimizer, state, config, ema)
 
 
-def write_weights(folder: Path, tensors: dict[str, ShardedTensor], model: DiTConfig) -> None:
+def write_weights(folder: Path, tensors: dict[str, ShardedTensor], model: Any, section: str = MODEL_SECTION) -> None:
     """Write weights alone into the new `folder`, as a complete checkpoint of step 0; this process is the only rank."""
     folder.mkdir(parents=True)
     strategy = InProcessStrategy()
     dist_checkpointing.save({"model": tensors}, str(folder), sharded_strategy=strategy)
-    complete_weights(folder, model)
+    complete_weights(folder, model, section)
 
 
-def complete_weights(folder: Path, model: DiTConfig) -> None:
-    """Make a folder that holds the tensors of weights alone a complete checkpoint of step 0."""
-    values = yaml.safe_dump({"model": config_to_dict(model)}, sort_keys=False)
+def complete_weights(folder: Path, model: Any, section: str = MODEL_SECTION) -> None:
+    """Make a folder that holds the tensors of weights alone a complete checkpoint of step 0.
+
+    Args:
+        folder: with the tensors.
+        model: dataclass of the sizes.
+        section: where they stand in config.yaml; another one than the DiT's for other models.
+    """
+    values = yaml.safe_dump({section: config_to_dict(model)}, sort_keys=False)
     (folder / CONFIG_FILE).write_text(values, encoding="utf-8")
     files = {path.name: stored_file(path) for path in folder.iterdir()}
     write_state(folder, {**asdict(TrainState()), WRITTEN: time.time()}, files)
@@ -173,9 +183,25 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_model_config(checkpoint: str | Path) -> DiTConfig:
-    """Sizes of the model stored in a checkpoint."""
+    """Sizes of the DiT stored in a checkpoint.
+
+    Raises:
+        UserError: it holds another model.
+    """
     checkpoint = Path(checkpoint)
-    return build_config(DiTConfig, read_config(checkpoint)["model"], origin=str(checkpoint / CONFIG_FILE))
+    return build_config(DiTConfig, _model_values(checkpoint), origin=str(checkpoint / CONFIG_FILE))
+
+
+def _model_values(checkpoint: Path) -> dict[str, Any]:
+    values = read_config(checkpoint)
+    if MODEL_SECTION not in values:
+        others = [title for section, title in OTHER_SECTIONS.items() if section in values]
+        raise UserError(
+            f"{checkpoint} holds {'a ' + others[0] if others else 'no model'} and not a video DiT "
+            f"({CONFIG_FILE} has no section {MODEL_SECTION!r}); give a checkpoint of the DiT"
+        )
+    model: dict[str, Any] = values[MODEL_SECTION]
+    return model
 
 
 def check_same_model(checkpoint: Path, model: DiTConfig) -> None:
@@ -185,7 +211,7 @@ def check_same_model(checkpoint: Path, model: DiTConfig) -> None:
         UserError: naming every field that differs, with both values.
     """
     # Loading would fail too, but with tensor shapes instead of field names.
-    _refuse_differences(checkpoint, "model", read_config(checkpoint)["model"], config_to_dict(model))
+    _refuse_differences(checkpoint, "model", _model_values(checkpoint), config_to_dict(model))
 
 
 def check_same_data_plan(checkpoint: Path, plan: dict[str, Any]) -> None:

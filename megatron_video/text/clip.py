@@ -24,9 +24,11 @@ _REQUIRED = (
     "intermediate_size",
     "max_position_embeddings",
 )
-_PREFIX = "bert."
-# Parts of other checkpoints of this family that take no part in the last hidden state.
-_IGNORED_PREFIXES = ("cls.", "pooler.", "embeddings.position_ids", "logit_scale", "text_projection", "visual.")
+PREFIX = "bert."
+# Parts of other checkpoints of this family that are none of BertModel's parameters.
+OTHER_PARTS = ("cls.", "embeddings.position_ids", "logit_scale", "text_projection", "visual.")
+# The pooler takes no part in the last hidden state either.
+_IGNORED_PREFIXES = ("pooler.", *OTHER_PARTS)
 
 
 def require_bert(config: dict[str, Any], origin: str) -> None:
@@ -71,8 +73,8 @@ def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     in this module are passed over, so that a foreign file is noticed.
     """
     # The prefix is all or nothing: a file that has it keeps every encoder weight under it.
-    if any(name.startswith(_PREFIX) for name in weights):
-        weights = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
+    if any(name.startswith(PREFIX) for name in weights):
+        weights = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
     return {name: value for name, value in weights.items() if not name.startswith(_IGNORED_PREFIXES)}
 
 
