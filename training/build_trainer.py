@@ -51,6 +51,7 @@ def build_trainer(
     found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints", config.checkpoint)
     # Before the model is built: a refusal should come in the first seconds.
     if found is not None:
+        checkpoint.check_has_optimizer(found)
         checkpoint.check_same_model(found, config.model)
         checkpoint.check_same_data_plan(found, identity)
     batches = replica_batches(config, data, plan)

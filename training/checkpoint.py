@@ -40,7 +40,7 @@ from training.checkpoint_state import (
 )
 from training.checkpoint_writer import InProcessStrategy
 from training.ema import EMA
-from training.optimizer_state import load_optimizer_state
+from training.optimizer_state import OPTIMIZER_PREFIX, load_optimizer_state
 
 # Key of config.yaml under which the sizes of the trained model stand, and those of converted checkpoints of others.
 MODEL_SECTION = "model"
@@ -129,7 +129,11 @@ def load_checkpoint(
 
     Averages that the checkpoint does not hold start from its weights. Works on a fresh model and on one that
     has trained, which so goes back to the checkpoint; a save under way has its own copy and is not disturbed.
+
+    Raises:
+        UserError: the checkpoint holds no optimizer state.
     """
+    check_has_optimizer(checkpoint)
     state = read_state(checkpoint)
     stored_ema = ema if state.averages_weights else None
     # In a run that goes back, other ranks' part of the last update may still be on its way.
@@ -202,6 +206,21 @@ def _model_values(checkpoint: Path) -> dict[str, Any]:
         )
     model: dict[str, Any] = values[MODEL_SECTION]
     return model
+
+
+def check_has_optimizer(checkpoint: Path) -> None:
+    """Refuse to continue from a checkpoint of weights alone.
+
+    Raises:
+        UserError: it was pruned, converted or averaged.
+    """
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
+        raise UserError(
+            f"{checkpoint} holds no optimizer state, so no run can continue from it: `megatron-video ckpt prune` left "
+            "it out, or the weights were converted or averaged. Move it away to continue from an older checkpoint, or "
+            f"start another run.output_dir with run.initial_weights={checkpoint} and a fresh optimizer"
+        )
 
 
 def check_same_model(checkpoint: Path, model: DiTConfig) -> None:

@@ -29,8 +29,8 @@ from training.main_parameters import MainParameter, main_parameters, only_optimi
 from training.optimizer_offload import share_state, stepped_tensor, take_loaded_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EMA_PREFIX = "ema"
-_PREFIXES = {name: f"optimizer.state.{name}" for name in ("param", *MOMENTS)} | {"ema": EMA_PREFIX}
+EMA_PREFIX, OPTIMIZER_PREFIX = "ema", "optimizer.state"
+_PREFIXES = {name: f"{OPTIMIZER_PREFIX}.{name}" for name in ("param", *MOMENTS)} | {"ema": EMA_PREFIX}
 State = dict[int, dict[str, Any]]
 
 
