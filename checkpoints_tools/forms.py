@@ -2,17 +2,178 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_tools.core import CoreCheckpoint
+from checkpoints_tools.core_contents import METADATA_FILE
+from checkpoints_tools.deepspeed_files import DeepSpeedCheckpoint, Values, is_deepspeed
+from checkpoints_tools.deepspeed_universal import UniversalCheckpoint, is_universal
+from checkpoints_tools.foreign import ForeignWeights, Tell, find_model
 from checkpoints_tools.released import CONFIG_FILE, ReleasedFolder
+from checkpoints_tools.torch_files import SUFFIXES, StoredTensors, TorchDistributedCheckpoint, TorchFile
+from checkpoints_tools.torch_pickles import TRUST_OPTION
 from checkpoints_tools.weights import Weights
+from megatron_video.errors import UserError
+from training.checkpoint_files import STATE_FILE
 
 
-def open_weights(path: Path) -> Weights:
-    """A released folder (it has config.json) or a megatron-core checkpoint.
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How weights are to be read, where a form leaves it open; the command line's options."""
+
+    form: str | None = None
+    """Name of the form; None: the first that is recognised."""
+    config: Path | None = None
+    """File with the model's sizes, for forms that do not store them."""
+    key: str | None = None
+    """What stands before the model's names, where it stands there several times."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of stored names to leave out."""
+    trust_pickle: bool = False
+    """Run whatever a pickle asks for."""
+    deepspeed_weights: Values = "fp32"
+    """Which weights of DeepSpeed's."""
+    tell: Tell = _tell
+    """Gets a line about everything that was chosen."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form."""
+
+    name: str
+    title: str
+    recognised_by: str
+    """For messages."""
+    recognises: Callable[[Path], bool]
+    open: Callable[[Path, Reading], Weights]
+
+
+def _foreign(stored: StoredTensors, reading: Reading) -> Weights:
+    model = find_model(stored.origin, reading.config, reading.tell)
+    return ForeignWeights(stored, model, reading.key, reading.ignored, reading.tell)
+
+
+def _is_core(path: Path) -> bool:
+    # Also what was such a folder and is damaged, to be refused for what it lacks.
+    return (path / STATE_FILE).exists() or path.name.startswith("step_") or any(_checkpoints(path))
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    return [folder for pattern in ("step_*", "checkpoints/step_*") for folder in path.glob(pattern)]
+
+
+# In the order in which they are tried.
+FORMS = (
+    Form(
+        "released",
+        "released Hugging Face form",
+        f"a folder with {CONFIG_FILE} and *.safetensors",
+        lambda path: (path / CONFIG_FILE).is_file() and any(path.glob("*.safetensors")),
+        lambda path, reading: ReleasedFolder(path),
+    ),
+    Form(
+        "core",
+        "megatron-core distributed checkpoint",
+        f"a run folder, or a folder with {STATE_FILE}",
+        _is_core,
+        lambda path, reading: CoreCheckpoint(path),
+    ),
+    Form(
+        "deepspeed-universal",
+        "universal checkpoint of DeepSpeed",
+        "a folder with zero/NAME/fp32.pt, or whose file latest_universal names one",
+        is_universal,
+        lambda path, reading: _foreign(
+            UniversalCheckpoint(path, reading.deepspeed_weights, reading.trust_pickle), reading
+        ),
+    ),
+    Form(
+        "deepspeed",
+        "DeepSpeed checkpoint of ZeRO 0, 1, 2 or 3",
+        "a folder with *mp_rank_00_model_states.pt, or whose file latest names one",
+        is_deepspeed,
+        lambda path, reading: _foreign(
+            DeepSpeedCheckpoint(path, reading.deepspeed_weights, reading.trust_pickle), reading
+        ),
+    ),
+    Form(
+        "torch-dcp",
+        "torch distributed checkpoint (FSDP, FSDP2)",
+        f"a folder with {METADATA_FILE}",
+        lambda path: (path / METADATA_FILE).is_file(),
+        lambda path, reading: _foreign(TorchDistributedCheckpoint(path), reading),
+    ),
+    Form(
+        "torch",
+        "one file of torch.save",
+        f"a file {', '.join(f'*{suffix}' for suffix in SUFFIXES)}",
+        lambda path: path.is_file() and path.suffix in SUFFIXES,
+        lambda path, reading: _foreign(TorchFile(path, reading.trust_pickle), reading),
+    ),
+)
+
+
+def open_weights(path: Path, reading: Reading = Reading()) -> Weights:
+    """Open weights of any form.
 
     Raises:
-        UserError: neither.
+        UserError: the path is of no known form, or not of the one it is said to be of, or what lies there is damaged.
     """
-    return ReleasedFolder(path) if (path / CONFIG_FILE).is_file() else CoreCheckpoint(path)
+    if not path.exists():
+        raise UserError(f"{path} is not there")
+    return find_form(path, reading.form).open(path, reading)
+
+
+def find_form(path: Path, name: str | None = None) -> Form:
+    """The form with this name, or the first one by which a path is recognised.
+
+    Raises:
+        UserError: none.
+    """
+    found = next((form for form in FORMS if (form.name == name if name else form.recognises(path))), None)
+    if found is None:
+        looked = "; ".join(f"{form.recognised_by} ({form.title})" for form in FORMS)
+        raise UserError(f"{path} is in no form that is known. Looked for: {looked}. --form NAME tells which it is")
+    return found
+
+
+def add_reading_options(command: argparse.ArgumentParser) -> None:
+    """The options of a command that reads weights of any form."""
+    group = command.add_argument_group("reading weights of other programs")
+    names = "; ".join(f"{form.name}: {form.recognised_by}" for form in FORMS)
+    group.add_argument("--form", choices=[f.name for f in FORMS], help=f"recognised unless given ({names})")
+    group.add_argument("--config", type=Path, help="file with the model's sizes, config.json or YAML, if not beside it")
+    group.add_argument("--key", help="take the tensors under this name where the model is there several times")
+    group.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="leave out stored names")
+    group.add_argument(
+        "--deepspeed-weights",
+        choices=["fp32", "module"],
+        default="fp32",
+        help="the optimizer's fp32 weights (default), or the module's as it computed with them",
+    )
+    group.add_argument(
+        TRUST_OPTION,
+        action="store_true",
+        help="run whatever a .pt file asks for, which can be anything; only for files of people you trust",
+    )
+
+
+def reading_of(arguments: argparse.Namespace) -> Reading:
+    """What `add_reading_options` took."""
+    return Reading(
+        form=arguments.form,
+        config=arguments.config,
+        key=arguments.key,
+        ignored=tuple(arguments.ignore),
+        trust_pickle=arguments.trust_pickle,
+        deepspeed_weights=arguments.deepspeed_weights,
+    )

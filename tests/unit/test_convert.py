@@ -95,7 +95,7 @@ def test_bad_folders_exit_with_2_and_write_nothing(
     out = tmp_path / "out"
     half = tmp_path / "step_00000007.writing"
     half.mkdir()
-    for source, message in ((empty, "no complete checkpoint"), (tmp_path / "none", "not a folder"), (half, "complete")):
+    for source, message in ((empty, "no form"), (tmp_path / "none", "is not there"), (half, "complete")):
         assert run_command(cli.main, ["convert", "--in", str(source), "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     assert run_command(cli.main, ["convert", "--in", str(run), "--out", str(released)]) == 2
