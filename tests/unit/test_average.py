@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints_tools import average as module
-from checkpoints_tools.average import Source, average
+from checkpoints_tools import derived
+from checkpoints_tools.average import Options, Source, average
 from checkpoints_tools.cli import main
 from checkpoints_tools.convert import convert
 from checkpoints_tools.core import CoreCheckpoint, stream_core
@@ -93,7 +93,7 @@ def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
         expected = ((weights[0][name].float() + weights[1][name].float()) / 2).bfloat16()
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, expected), name
-    average([Source(tmp_path / "run1"), Source(tmp_path / "run2")], tmp_path / "wide", dtype=torch.float32)
+    average([Source(tmp_path / "run1"), Source(tmp_path / "run2")], tmp_path / "wide", Options(dtype=torch.float32))
     wide = CoreCheckpoint(tmp_path / "wide")
     assert {template.dtype for template in wide.templates.values()} == {torch.float32}
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_averaged_is_refused(runs: tuple[Path, list[dict[str, Any
         ([one], "two or more"),
         ([one, Source(step_folder(root / "run1", 1))], "given twice"),
         ([one, Source(tmp_path / "other")], "num_layers 1 and 2"),
-        ([one, Source(tmp_path / "nothing")], "is not a folder"),
+        ([one, Source(tmp_path / "nothing")], "is not there"),
     ]
     for sources, message in cases:
         with pytest.raises(UserError, match=message):
@@ -160,7 +160,7 @@ def test_a_damaged_result_is_not_kept(
         content[len(content) // 2] ^= 255
         path.write_bytes(content)
 
-    monkeypatch.setattr(module, "stream_core", write_and_damage)
+    monkeypatch.setattr(derived, "stream_core", write_and_damage)
     with pytest.raises(Exception, match=r"does not hold what was written|PytorchStreamReader|crc"):
         average([Source(root / "run1"), Source(root / "run2")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
