@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from megatron_video.files import sync
 from training.checkpoint_files import ChecksummedStream, StoredFile
-
-# File name -> [bytes, CRC-32]: how far the files are; JSON keeps it.
-Position = dict[str, list[int]]
 
 
 class GrowingFile(ChecksummedStream):
@@ -24,8 +21,9 @@ class GrowingFile(ChecksummedStream):
         opened = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
         opened.truncate(known.size)
         opened.seek(known.size)
-        super().__init__(_Whole(opened))
-        self._opened: BinaryIO = opened  # type: ignore[assignment]
+        # What it calls is `write` alone.
+        super().__init__(cast(BinaryIO, _Whole(opened)))
+        self._opened = opened
         self._written, self._crc32 = known.size, known.crc32 or 0
 
     def write(self, data: Any) -> int:
@@ -37,7 +35,8 @@ class GrowingFile(ChecksummedStream):
         try:
             return super().write(data)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+            self.error = OSError(error.errno, error.strerror, str(self._path))
+            raise self.error from error
 
     def close(self) -> None:
         """End it; what was written may not be on the disk yet."""
@@ -91,11 +90,15 @@ class FileSet:
         """Size and checksum of every file so far."""
         return self._known | {name: file.stored for name, file in self._open.items()}
 
-    def position(self) -> Position:
-        """How far the files are."""
+    def paths(self) -> list[Path]:
+        """The files so far."""
+        return [self.folder / name for name in self.stored]
+
+    def position(self) -> Any:
+        """How far the files are, as JSON keeps it: name -> [bytes, CRC-32]."""
         return {name: [file.size, file.crc32 or 0] for name, file in self.stored.items()}
 
-    def go_on(self, position: Position) -> None:
+    def go_on(self, position: Any) -> None:
         """Go on behind `position`; what lies behind it is cut off, files that it does not name are removed.
 
         Raises:
