@@ -175,7 +175,7 @@ def find_model(origin: Path, config: Path | None, tell: Tell) -> Model:
         )
     if config is None:
         tell(f"{origin}: sizes from {found}")
-    return _model_of_yaml(found) if found.suffix in (".yaml", ".yml") else KINDS["dit"].build(read_config(found.parent))
+    return _model_of_yaml(found) if found.suffix in (".yaml", ".yml") else read_config(found, tell=tell)
 
 
 def _model_of_yaml(path: Path) -> Model:

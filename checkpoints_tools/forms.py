@@ -13,7 +13,8 @@ from checkpoints_tools.core_contents import METADATA_FILE
 from checkpoints_tools.deepspeed_files import DeepSpeedCheckpoint, Values, is_deepspeed
 from checkpoints_tools.deepspeed_universal import UniversalCheckpoint, is_universal
 from checkpoints_tools.foreign import ForeignWeights, Tell, find_model
-from checkpoints_tools.released import CONFIG_FILE, ReleasedFolder
+from checkpoints_tools.models import KINDS
+from checkpoints_tools.released import ReleasedFolder, is_released
 from checkpoints_tools.torch_files import SUFFIXES, StoredTensors, TorchDistributedCheckpoint, TorchFile
 from checkpoints_tools.torch_pickles import TRUST_OPTION
 from checkpoints_tools.weights import Weights
@@ -31,6 +32,8 @@ class Reading:
 
     form: str | None = None
     """Name of the form; None: the first that is recognised."""
+    kind: str | None = None
+    """Key in KINDS of a released model that cannot be told by its config.json and names."""
     config: Path | None = None
     """File with the model's sizes, for forms that do not store them."""
     key: str | None = None
@@ -76,9 +79,9 @@ FORMS = (
     Form(
         "released",
         "released Hugging Face form",
-        f"a folder with {CONFIG_FILE} and *.safetensors",
-        lambda path: (path / CONFIG_FILE).is_file() and any(path.glob("*.safetensors")),
-        lambda path, reading: ReleasedFolder(path),
+        "a folder with *.safetensors (or CLIP's pytorch_model.bin and config.json), or one file *.safetensors",
+        is_released,
+        lambda path, reading: ReleasedFolder(path, reading.kind, reading.config, reading.tell),
     ),
     Form(
         "core",
@@ -151,6 +154,8 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("reading weights of other programs")
     names = "; ".join(f"{form.name}: {form.recognised_by}" for form in FORMS)
     group.add_argument("--form", choices=[f.name for f in FORMS], help=f"recognised unless given ({names})")
+    kinds = ", ".join(f"{key}: {kind.title}" for key, kind in KINDS.items())
+    group.add_argument("--kind", choices=list(KINDS), help=f"of a released model that cannot be told ({kinds})")
     group.add_argument("--config", type=Path, help="file with the model's sizes, config.json or YAML, if not beside it")
     group.add_argument("--key", help="take the tensors under this name where the model is there several times")
     group.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="leave out stored names")
@@ -171,6 +176,7 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
     """What `add_reading_options` took."""
     return Reading(
         form=arguments.form,
+        kind=arguments.kind,
         config=arguments.config,
         key=arguments.key,
         ignored=tuple(arguments.ignore),

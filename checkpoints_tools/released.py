@@ -1,118 +1,223 @@
-"""The released form of the DiT: a diffusers folder with config.json and one or several safetensors files."""
+"""The released form of a model: a folder with config.json and safetensors files, or one such file alone."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from checkpoints_tools.models import KINDS
-from checkpoints_tools.safetensors_files import SafetensorsFiles, SafetensorsSink, find_weight_files
+from checkpoints_tools.models import KINDS, Kind
+from checkpoints_tools.released_config import (
+    CONFIG_FILE,
+    build_sizes,
+    config_text,
+    read_values,
+    recognise,
+    released_values,
+    unknown_fields,
+)
+from checkpoints_tools.safetensors_files import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    SafetensorsFiles,
+    SafetensorsSink,
+    find_weight_files,
+)
+from checkpoints_tools.torch_files import TorchFile
 from checkpoints_tools.weights import Model
-from megatron_video.config_io import build_config
-from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
 
-CONFIG_FILE = "config.json"
-STEM = "diffusion_pytorch_model"
 GIGABYTE = 1_000_000_000
+PIPELINE_FILE = "model_index.json"
+PICKLED_FILE = "pytorch_model.bin"
+# The released CLIP keeps its weights and its tokenizer in two folders beside each other.
+CLIP_MODEL_FOLDER = "clip_text_encoder"
+_SHOWN = 5
 
-# fields of the released config.json that say what DiTConfig says, under the same name
-SHARED_FIELDS = (
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "patch_size",
-    "caption_channels",
-    "use_additional_conditions",
-    "norm_eps",
-)
-# released fields without an effect on the weights, with the values the released code has
-FIXED_FIELDS: dict[str, Any] = {
-    "_class_name": "StepVideoModel",
-    "attention_type": "parallel",
-    "dropout": 0.0,
-    "norm_elementwise_affine": False,
-    "norm_type": "ada_norm_single",
-}
+Tell = Callable[[str], None]
+
+
+class _Stored(Protocol):
+    @property
+    def templates(self) -> Mapping[str, Tensor]:
+        """Stored name -> shape and dtype."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class ReleasedFolder:
-    """Tensors of a released folder by our names, read one at a time."""
+    """Tensors of a released folder or file by our names, read one at a time.
 
-    def __init__(self, folder: Path) -> None:
-        """Open the folder.
+    Args:
+        path: folder with config.json and weights (safetensors, or CLIP's pytorch_model.bin), or a safetensors file.
+            Without config.json beside it, what is there is taken to have the released sizes.
+        kind: key in KINDS; None: found out by config.json or the tensors' names.
+        config: config.json that lies elsewhere.
+        tell: gets a line about what was assumed and what is left out.
 
-        Raises:
-            UserError: no config.json or no weights, or a file that is not safetensors.
-        """
-        self.folder = folder
-        self.model = KINDS["dit"].build(read_config(folder))
+    Raises:
+        UserError: no weights, a file that is damaged, a model that is not known or not clear.
+    """
+
+    def __init__(
+        self, path: Path, kind: str | None = None, config: Path | None = None, tell: Tell = _to_stderr
+    ) -> None:
+        self._path = path
+        folder = _model_folder(path)
+        config_file = config or (folder if folder.is_dir() else folder.parent) / CONFIG_FILE
+        values = read_values(config_file) if config_file.is_file() else None
+        self._files = _open_files(folder, KINDS[kind].stem if kind else None)
+        key = kind or recognise(values, self._files.templates, path)
+        parts = _parts(KINDS[key], self._files.templates)
+        self.model = _model(KINDS[key], values, parts, config_file, tell)
+        _tell_left_out(path, KINDS[key], self._files.templates.keys() - set(parts.values()), tell)
         ours = {theirs: ours for ours, theirs in self.model.released.items()}
-        self._files = SafetensorsFiles(find_weight_files(folder))
         # What is unknown keeps its own name, to be refused by it.
-        self._stored = {ours.get(name, name): name for name in self._files.templates}
+        self._stored = {ours.get(KINDS[key].prefix + part, part): stored for part, stored in parts.items()}
 
     @property
     def origin(self) -> Path:
-        """The folder."""
-        return self.folder
+        """What was opened."""
+        return self._path
 
     @property
     def templates(self) -> Mapping[str, Tensor]:
         """Our name -> shape and dtype, on the meta device."""
-        return {name: self._files.templates[stored] for name, stored in self._stored.items()}
+        templates = self._files.templates
+        return {name: templates[stored] for name, stored in self._stored.items()}
 
     def stored_name(self, name: str) -> str:
-        """The released name."""
-        return self.model.released.get(name, name)
+        """The name in the file; of a tensor that is missing, the released one."""
+        return self._stored.get(name) or self.model.released.get(name, name)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in its stored dtype."""
         return self._files.tensor(self._stored[name])
 
 
-def read_config(folder: Path) -> DiTConfig:
-    """DiTConfig of a released folder.
+def is_released(path: Path) -> bool:
+    """Whether something looks like weights in this form, or like folders that hold such weights."""
+    if not path.is_dir():
+        return path.suffix == SUFFIX
+    folders = (path / PIPELINE_FILE).is_file() or (path / CLIP_MODEL_FOLDER).is_dir()
+    pickled = (path / PICKLED_FILE).is_file() and (path / CONFIG_FILE).is_file()
+    return folders or pickled or any(path.glob(f"*{SUFFIX}"))
+
+
+def read_config(path: Path, names: Iterable[str] = (), tell: Tell = _to_stderr) -> Model:
+    """The model of a config.json.
+
+    Args:
+        path: the file.
+        names: released names, after the prefix, of the tensors there, for parts of which the file says nothing.
+        tell: gets a line about fields that are passed over.
 
     Raises:
-        UserError: config.json is missing, not JSON, or has a field or value this model does not know.
+        UserError: it is of no known model, or says something that the model here cannot be.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} has no {CONFIG_FILE}; give the folder that holds it beside the safetensors files")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    values = {name: stored[name] for name in SHARED_FIELDS if name in stored}
-    for name, value in stored.items():
-        if name.startswith("_") or name in SHARED_FIELDS or name == "attention_type":
-            continue
-        if name not in FIXED_FIELDS or value != FIXED_FIELDS[name]:
-            raise UserError(f"{path}: {name}={value!r} is not a released StepVideoModel setting this model has")
-    return build_config(DiTConfig, values, origin=str(path))
+    values = read_values(path)
+    kind = KINDS[recognise(values, (), path)]
+    return _model(kind, values, {name: name for name in names}, path, tell)
 
 
-def write_config(folder: Path, model: Model) -> None:
-    """Write the config.json that the released code reads."""
-    values = dataclasses.asdict(model.config)
-    shared = {name: values[name] for name in SHARED_FIELDS}
-    (folder / CONFIG_FILE).write_text(json.dumps(FIXED_FIELDS | shared, indent=2) + "\n", encoding="utf-8")
+def released_config(model: Model, templates: Mapping[str, Tensor], tell: Tell = _to_stderr) -> str:
+    """Content of the config.json that the released code reads.
+
+    Args:
+        model: to be described.
+        templates: shapes and dtypes of its tensors; some files name the dtype.
+        tell: gets a line about sizes without effect that it has no place for.
+
+    Raises:
+        UserError: the released form has no place for one of the model's sizes.
+    """
+    kind = KINDS[model.kind]
+    values, lost = released_values(model.config, kind, main_dtype(templates))
+    default = kind.config()
+    told = [each for each in lost if each != f"{(name := each.partition('=')[0])}={getattr(default, name)}"]
+    if told:
+        tell(f"left out, for the released {CONFIG_FILE} of a {kind.title} has no place for it: {', '.join(told)}")
+    return config_text(values)
+
+
+def write_config(folder: Path, model: Model, templates: Mapping[str, Tensor], tell: Tell = _to_stderr) -> None:
+    """Write what `released_config` makes."""
+    (folder / CONFIG_FILE).write_text(released_config(model, templates, tell), encoding="utf-8")
+
+
+def main_dtype(templates: Mapping[str, Tensor]) -> str:
+    """Type of most values, as "bfloat16"."""
+    counts: Counter[str] = Counter()
+    for template in templates.values():
+        counts[str(template.dtype).removeprefix("torch.")] += template.numel()
+    return counts.most_common(1)[0][0]
 
 
 def write_released(folder: Path, model: Model, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write config.json and the tensors, which come under our names; all of them are in memory at once."""
+    held = {model.released[name]: tensor for name, tensor in tensors}
     folder.mkdir(parents=True)
-    held = dict(tensors)
-    sink = SafetensorsSink(folder, held, STEM, shard_bytes, model.released)
+    write_config(folder, model, held)
+    sink = SafetensorsSink(folder, held, KINDS[model.kind].stem, shard_bytes)
     for name in sink.names:
         sink.write(name, held[name])
     sink.finish()
-    write_config(folder, model)
+
+
+def _model_folder(path: Path) -> Path:
+    if (path / PIPELINE_FILE).is_file():
+        raise UserError(
+            f"{path} is a whole pipeline of several models ({PIPELINE_FILE}): give the folder of one of them, as "
+            f"{path / 'transformer'}, or take it apart with `megatron-video ckpt pipeline --in {path}`"
+        )
+    inner = path / CLIP_MODEL_FOLDER
+    return inner if inner.is_dir() else path
+
+
+def _open_files(path: Path, stem: str | None) -> _Stored:
+    if path.is_file():
+        return SafetensorsFiles([path])
+    stems = [stem] if stem else sorted({kind.stem for kind in KINDS.values()})
+    found = [each for each in stems if any((path / f"{each}{suffix}").is_file() for suffix in (SUFFIX, INDEX_SUFFIX))]
+    if len(found) > 1:
+        raise UserError(f"{path} holds several models: {', '.join(found)}; give one file, or say which with --kind")
+    if not found and not any(path.glob(f"*{SUFFIX}")) and (path / PICKLED_FILE).is_file():
+        return TorchFile(path / PICKLED_FILE)  # as CLIP is released
+    return SafetensorsFiles(find_weight_files(path, found[0] if found else None))
+
+
+def _parts(kind: Kind, names: Iterable[str]) -> dict[str, str]:
+    """Name after the prefix -> stored name, without what is known to be no part of the model."""
+    prefix = kind.prefix if any(name.startswith(kind.prefix) for name in names) else ""
+    parts = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    return {part: name for part, name in parts.items() if not part.startswith(kind.other_parts)}
+
+
+def _model(kind: Kind, values: Mapping[str, Any] | None, parts: Iterable[str], config_file: Path, tell: Tell) -> Model:
+    if values is None:
+        tell(f"no {config_file}: taken to be a {kind.title} of the released sizes")
+        there = set(parts)
+        return kind.build(kind.config(**{name: tensor in there for name, tensor in kind.optional.items()}))
+    unknown = [] if kind.fields.closed else unknown_fields(kind, values)
+    if unknown:
+        tell(f"{config_file}: {len(unknown)} fields left out, of which nothing is known: {_some(unknown)}")
+    return kind.build(build_sizes(kind, values, parts, str(config_file)))
+
+
+def _tell_left_out(path: Path, kind: Kind, names: Iterable[str], tell: Tell) -> None:
+    if listed := sorted(names):
+        tell(f"{path}: left out: {len(listed)} tensors that are no part of a {kind.title}: {_some(listed)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
