@@ -8,37 +8,44 @@ from __future__ import annotations
 
 from megatron_video.dit import DiTConfig
 
-# ours -> released, outside the blocks
-MODEL_NAMES = {
+# ours -> released, outside the blocks, in the order of the released files: the tables come in the order below, with the
+# blocks after the first
+PATCH_NAMES = {
+    "head.modulation_table": "scale_shift_table",
     "patch_embedding.weight": "pos_embed.proj.weight",
     "patch_embedding.bias": "pos_embed.proj.bias",
+}
+HEAD_NAMES = {
+    "head.projection.weight": "proj_out.weight",
+    "head.projection.bias": "proj_out.bias",
+}
+TIME_NAMES = {
     "time_conditioning.time_embedder.linear_1.weight": "adaln_single.emb.timestep_embedder.linear_1.weight",
     "time_conditioning.time_embedder.linear_1.bias": "adaln_single.emb.timestep_embedder.linear_1.bias",
     "time_conditioning.time_embedder.linear_2.weight": "adaln_single.emb.timestep_embedder.linear_2.weight",
     "time_conditioning.time_embedder.linear_2.bias": "adaln_single.emb.timestep_embedder.linear_2.bias",
-    "time_conditioning.modulation_linear.weight": "adaln_single.linear.weight",
-    "time_conditioning.modulation_linear.bias": "adaln_single.linear.bias",
-    "text_projection.llm_linear_1.weight": "caption_projection.linear_1.weight",
-    "text_projection.llm_linear_1.bias": "caption_projection.linear_1.bias",
-    "text_projection.llm_linear_2.weight": "caption_projection.linear_2.weight",
-    "text_projection.llm_linear_2.bias": "caption_projection.linear_2.bias",
-    "head.modulation_table": "scale_shift_table",
-    "head.projection.weight": "proj_out.weight",
-    "head.projection.bias": "proj_out.bias",
 }
-
-# present when the model takes CLIP states
-CLIP_NAMES = {
-    "text_projection.clip_linear.weight": "clip_projection.weight",
-    "text_projection.clip_linear.bias": "clip_projection.bias",
-}
-
 # present with use_additional_conditions
 ADDITIONAL_NAMES = {
     f"time_conditioning.{ours}_embedder.linear_{i}.{kind}": f"adaln_single.emb.{theirs}_embedder.linear_{i}.{kind}"
     for ours, theirs in (("resolution", "resolution"), ("num_frames", "nframe"), ("fps", "fps"))
     for i in (1, 2)
     for kind in ("weight", "bias")
+}
+MODULATION_NAMES = {
+    "time_conditioning.modulation_linear.weight": "adaln_single.linear.weight",
+    "time_conditioning.modulation_linear.bias": "adaln_single.linear.bias",
+}
+# present when the model takes CLIP states
+CLIP_NAMES = {
+    "text_projection.clip_linear.weight": "clip_projection.weight",
+    "text_projection.clip_linear.bias": "clip_projection.bias",
+}
+LLM_NAMES = {
+    "text_projection.llm_linear_1.weight": "caption_projection.linear_1.weight",
+    "text_projection.llm_linear_1.bias": "caption_projection.linear_1.bias",
+    "text_projection.llm_linear_2.weight": "caption_projection.linear_2.weight",
+    "text_projection.llm_linear_2.bias": "caption_projection.linear_2.bias",
 }
 
 # inside block i: ours after `layers.{i}.`, released after `transformer_blocks.{i}.`
@@ -63,12 +70,12 @@ LAYER_NAMES = {
 
 
 def released_names(dit: DiTConfig) -> dict[str, str]:
-    """Our name -> released name, for every tensor of a model of this shape."""
-    names = dict(MODEL_NAMES)
-    if dit.clip_channels is not None:
-        names |= CLIP_NAMES
-    if dit.use_additional_conditions:
-        names |= ADDITIONAL_NAMES
-    for i in range(dit.num_layers):
-        names |= {f"layers.{i}.{ours}": f"transformer_blocks.{i}.{theirs}" for ours, theirs in LAYER_NAMES.items()}
-    return names
+    """Our name -> released name, for every tensor of a model of this shape, in the order of the released files."""
+    layers = {
+        f"layers.{i}.{ours}": f"transformer_blocks.{i}.{theirs}"
+        for i in range(dit.num_layers)
+        for ours, theirs in LAYER_NAMES.items()
+    }
+    additional = ADDITIONAL_NAMES if dit.use_additional_conditions else {}
+    clip = CLIP_NAMES if dit.clip_channels is not None else {}
+    return PATCH_NAMES | layers | HEAD_NAMES | TIME_NAMES | additional | MODULATION_NAMES | clip | LLM_NAMES

@@ -35,6 +35,8 @@ class Kind:
     """Dataclass of its sizes; the defaults are the released ones."""
     stem: str
     """Of its released weight files: STEM.safetensors, or STEM-00001-of-00006.safetensors and so on with an index."""
+    shard_gigabytes: float
+    """Largest of these files, in GB, as released; a single tensor may be larger."""
     build: Callable[[Any], Model]
     """Sizes -> tensors."""
     fields: ReleasedFields
@@ -87,6 +89,7 @@ KINDS = {
         section=MODEL_SECTION,
         config=DiTConfig,
         stem="diffusion_pytorch_model",
+        shard_gigabytes=10.0,
         build=_dit,
         fields=DIT_FIELDS,
         signature="adaln_single.linear.weight",
@@ -96,6 +99,7 @@ KINDS = {
         section="vae",
         config=VAEConfig,
         stem="vae_v2",
+        shard_gigabytes=10.0,
         build=_vae,
         fields=VAE_FIELDS,
         signature="decoder.conv_unpatchify.conv.conv.weight",
@@ -105,6 +109,7 @@ KINDS = {
         section="clip",
         config=ClipConfig,
         stem="model",
+        shard_gigabytes=5.0,
         build=_clip,
         fields=CLIP_FIELDS,
         signature="embeddings.token_type_embeddings.weight",
@@ -117,6 +122,7 @@ KINDS = {
         section="step_llm",
         config=StepLLMConfig,
         stem="model",
+        shard_gigabytes=5.0,
         build=_llm,
         fields=LLM_FIELDS,
         signature="tok_embeddings.word_embeddings.weight",

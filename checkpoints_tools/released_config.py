@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.models import KINDS, Kind
+from checkpoints_tools.weights import Model
 from megatron_video.config_io import build_config, config_to_dict
 from megatron_video.errors import UserError
 
@@ -45,11 +46,14 @@ def build_sizes(kind: Kind, values: Mapping[str, Any], names: Iterable[str], ori
     missing = [name for name in fields.required if name not in values]
     if missing:
         raise UserError(f"{origin} is no configuration of a {kind.title}: {', '.join(missing)} missing")
-    for name, value in values.items():
-        if name in fields.fixed and value != fields.fixed[name]:
-            raise UserError(
-                f"{origin}: {name}={value!r} is no {kind.title} that is known here; released is {fields.fixed[name]!r}"
-            )
+    known = {**fields.fixed, **fields.implied}
+    wrong = [
+        f"{name}={value!r} (released: {known[name]!r})"
+        for name, value in values.items()
+        if name in known and value != known[name]
+    ]
+    if wrong:
+        raise UserError(f"{origin} describes a {kind.title} that cannot be built here: {', '.join(wrong)}")
     if fields.closed and (unknown := unknown_fields(kind, values)):
         raise UserError(f"{origin} has fields that no released {kind.title} has: {', '.join(unknown)}")
     sizes = {name: values[name] for name in (*fields.shared, *fields.own) if name in values}
@@ -61,7 +65,15 @@ def build_sizes(kind: Kind, values: Mapping[str, Any], names: Iterable[str], ori
 def unknown_fields(kind: Kind, values: Mapping[str, Any]) -> list[str]:
     """Fields of a config.json that nothing is known of."""
     fields = kind.fields
-    known = {*fields.shared, *fields.own, *fields.fixed, *fields.written, *fields.derived, *fields.dtypes}
+    known = {
+        *fields.shared,
+        *fields.own,
+        *fields.fixed,
+        *fields.implied,
+        *fields.written,
+        *fields.derived,
+        *fields.dtypes,
+    }
     return [name for name in values if name not in known and not name.startswith("_")]
 
 
@@ -93,6 +105,13 @@ def released_values(config: Any, kind: Kind, dtype: str) -> tuple[dict[str, Any]
             "would compute something else there; keep the megatron-core form"
         )
     return values, [f"{name}={ours[name]}" for name in lost]
+
+
+def is_same_model(first: Model, second: Model) -> bool:
+    """Whether two are equal but for sizes that the released form does not keep."""
+    sizes = [config_to_dict(model.config) for model in (first, second)]
+    kept = [{k: v for k, v in each.items() if k not in KINDS[first.kind].fields.unkept} for each in sizes]
+    return (first.kind, first.shapes, kept[0]) == (second.kind, second.shapes, kept[1])
 
 
 def config_text(values: Mapping[str, Any]) -> str:

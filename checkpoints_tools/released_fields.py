@@ -1,7 +1,7 @@
 """Tables of the released config.json files: which fields say what our dataclasses say, and what the others must be.
 
-The values are those of the released files; the public inference code reads every field of Step-LLM's table that
-stands under `written` or `fixed`, so that a file without them would not load there.
+The values are those of the released files. Some have no effect on what is computed here, and yet the public inference
+code would not start without them (Step-LLM's seq_length, hidden_dropout, use_flash_attn and others).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class ReleasedFields:
     """Like `shared`, but no released file has them: written only where they are not the default."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Values the released code has; with another value it would compute something else, which is refused."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Like `fixed`, but the released file does not say it, nor is it written."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Written as they are released; read with any value, for they do not change what inference computes."""
     derived: Mapping[str, str] = field(default_factory=dict)
@@ -95,12 +97,8 @@ CLIP_FIELDS = ReleasedFields(
         "max_position_embeddings",
     ),
     own=("caption_max_length",),
-    fixed={
-        "model_type": "bert",
-        "position_embedding_type": "absolute",
-        "is_decoder": False,
-        "add_cross_attention": False,
-    },
+    fixed={"model_type": "bert", "position_embedding_type": "absolute"},
+    implied={"is_decoder": False, "add_cross_attention": False},
     written={
         "architectures": ["BertModel"],
         "attention_probs_dropout_prob": 0.1,
