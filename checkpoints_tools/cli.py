@@ -1,4 +1,4 @@
-"""`megatron-video ckpt`: convert checkpoints between their forms, compare two bit by bit, verify one by checksums."""
+"""`megatron-video ckpt`: convert, average, compare and check checkpoints."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools import average
-from checkpoints_tools.convert import convert, digests
-from checkpoints_tools.forms import open_weights
+from checkpoints_tools import average, diff_command
+from checkpoints_tools.convert import convert
 from checkpoints_tools.released import GIGABYTE
 from checkpoints_tools.verify import checkpoints_of, verify
 
@@ -41,14 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
-        "compare", help="are the weights of two checkpoints, of either form, equal bit by bit?"
-    )
-    command.add_argument("first", type=Path)
-    command.add_argument("second", type=Path)
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
-    command.set_defaults(run=_compare)
-
-    command = commands.add_parser(
         "verify",
         help="read a checkpoint and compare every file with the checksum it was written with",
         description="Exit code 0: whole, 1: damaged; every file that is wrong is named.",
@@ -59,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_verify)
     average.add_command(commands)
+    diff_command.add_command(commands)
     return parser
 
 
@@ -72,19 +64,6 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(f"{report.direction}: {report.tensors} tensors, {report.parameters:,} parameters, {checked}")
         print(f"written: {report.output}")
     return 0
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    first, second = digests(open_weights(arguments.first)), digests(open_weights(arguments.second))
-    different = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
-    if arguments.json:
-        print(json.dumps({"equal": not different, "tensors": len({*first, *second}), "different": different}))
-    elif different:
-        print(f"{len(different)} of {len({*first, *second})} tensors differ or lack a partner:")
-        print("\n".join(f"  {name}" for name in different))
-    else:
-        print(f"equal: {len(first)} tensors, bit by bit")
-    return DIFFERENT_EXIT_CODE if different else 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -260,7 +260,7 @@ def _result_steps(config: DemoConfig, at: Layout) -> list[Step]:
     steps = [
         _command("convert to Hugging Face", there, [at.released], resumable=False),
         _command("convert back", back, [at.returned], resumable=False),
-        _command("compare", ["ckpt", "compare", at.run, at.returned, "--json"], []),
+        _command("compare", ["ckpt", "diff", at.run, at.returned, "--json"], []),
     ]
     untrained = at.run / "checkpoints" / "step_00000000"
     for name, checkpoint in (("trained", at.run), ("untrained", untrained)):

@@ -43,7 +43,7 @@ def summarise(
         "vae": json.loads((at.vae / "report.json").read_text(encoding="utf-8")),
         "training": describe_training(lives, config, out),
         "resume_check": check_resume(lives, pretrain_config(config, out).training.steps),
-        # The last line that `ckpt compare --json` printed; exit code 1 would have stopped the demo.
+        # The last line that `ckpt diff --json` printed; exit code 1 would have stopped the demo.
         "conversion_check": json.loads(logs["compare"].read_text(encoding="utf-8").splitlines()[-1]),
         "accuracy": {name: _accuracy(at.measurement(name)) for name in ("real", "trained", "untrained")},
         "samples": len(at.prompts.read_text(encoding="utf-8").splitlines()),

@@ -48,7 +48,7 @@ def test_there_and_back_is_bit_exact(run: Path, released: Path, tmp_path: Path) 
     assert first.templates.keys() == second.templates.keys() == first.model.released.keys()
     for name in first.templates:
         assert torch.equal(first.tensor(name), second.tensor(name)), name
-    assert run_command(cli.main, ["compare", str(run), str(back)]) == 0
+    assert run_command(cli.main, ["diff", str(run), str(back)]) == 0
 
 
 def test_released_folder_has_the_released_names_and_config(run: Path, released: Path) -> None:
@@ -103,9 +103,9 @@ def test_bad_folders_exit_with_2_and_write_nothing(
     assert not out.exists()
 
 
-def test_compare_names_the_tensor_that_differs(
+def test_diff_names_the_tensor_that_differs(
     released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = copy_with(released, tmp_path / "other", **{"proj_out.bias": torch.full((4,), 9.0)})
-    assert run_command(cli.main, ["compare", str(released), str(other), "--json"]) == 1
+    assert run_command(cli.main, ["diff", str(released), str(other), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["different"] == ["head.projection.bias"]

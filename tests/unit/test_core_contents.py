@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut_checkpoint import write_cut_checkpoint
+from cut_checkpoint import make_tensors, write_cut_checkpoint
 from torch import Tensor
 
 from checkpoints_tools.core_contents import CoreContents
@@ -18,13 +18,13 @@ QKV = "layers.1.self_attention.linear_qkv.weight"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cut") / "step_00000007"
+def tensors() -> dict[str, Tensor]:
+    return make_tensors()
 
 
 @pytest.fixture(scope="module")
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return write_cut_checkpoint(folder)
+def folder(tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cut_checkpoint(tmp_path_factory.mktemp("cut") / "step_00000007", tensors)
 
 
 def test_every_tensor_comes_back_from_its_cuts(folder: Path, tensors: dict[str, Tensor]) -> None:

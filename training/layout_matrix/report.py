@@ -194,5 +194,5 @@ def _ranks(count: int) -> str:
 
 def _aligned(column: list[str]) -> list[str]:
     width = max(map(len, column))
-    numbers = all(cell[:1].isdigit() or cell in ("", "-", "inf", "fail") for cell in column[1:])
+    numbers = all(cell.lstrip("-")[:1].isdigit() or cell in ("", "-", "inf", "fail") for cell in column[1:])
     return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
