@@ -48,7 +48,7 @@ CHECKPOINT_LAYOUTS = (
     "tp2_sp_pp2_cp2",
     "tp2_sp_pp2_vpp2_dp2_zero1",
 )
-SHORT_WRITERS = ("dp2_zero1_overlap", "tp2_sp_dp2_zero1", "pp2_vpp2")
+SHORT_WRITERS = ("tp2_sp_dp2_zero1", "pp2_vpp2")
 SHORT_READERS = ("one_process", "dp2_zero1", "tp2_sp", "pp2_vpp2", "cp2_a2a", "pp2_dp2_zero1_overlap")
 
 
