@@ -208,7 +208,7 @@ def tag_folder(path: Path, pointer_name: str = LATEST) -> Path:
     pointer = path / pointer_name
     if not pointer.is_file():
         return path
-    folder = path / pointer.read_text(encoding="utf-8").strip()
+    folder = path / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not folder.is_dir():
         raise UserError(f"{pointer} names {folder.name}, which is not there; give one of the folders beside it")
     return folder
@@ -227,10 +227,14 @@ def refuse_mixed_steps(origin: Path, steps: Mapping[str, int | None]) -> None:
 
 
 def is_deepspeed(path: Path) -> bool:
-    """Whether a folder, or the one its `latest` names, has files of DeepSpeed's ranks."""
-    if not path.is_dir() or ((path / LATEST).is_file() and not tag_folder(path).is_dir()):
-        return False
-    return any(_MODEL_FILE.fullmatch(f.name) or _OPTIMIZER_FILE.fullmatch(f.name) for f in tag_folder(path).iterdir())
+    """Whether a folder, or the one its `latest` names, has files of DeepSpeed's ranks.
+
+    Raises:
+        UserError: `latest` names none.
+    """
+    folder = tag_folder(path)
+    patterns = (_MODEL_FILE, _OPTIMIZER_FILE)
+    return folder.is_dir() and any(p.fullmatch(file.name) for file in folder.iterdir() for p in patterns)
 
 
 def model_files(folder: Path, trust_pickle: bool) -> list[RankFile]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from checkpoints_tools.deepspeed_files import (
     DEEPSPEED_HARMLESS,
+    LATEST,
     Pieces,
     Run,
     Values,
@@ -35,7 +36,7 @@ class UniversalCheckpoint:
         Raises:
             UserError: a parameter's file is missing, damaged, of another shape or step; `values` are the module's.
         """
-        self.origin = tag_folder(path, LATEST_UNIVERSAL)
+        self.origin = path if (path / _PARAMETERS).is_dir() else tag_folder(path, LATEST_UNIVERSAL)
         if values != "fp32":
             raise UserError(f"{self.origin} is a universal checkpoint, which is fp32; leave out --deepspeed-weights")
         self._trust = trust_pickle
@@ -84,7 +85,10 @@ class UniversalCheckpoint:
 
 
 def is_universal(path: Path) -> bool:
-    """Whether a folder, or the one its `latest_universal` names, has parameters in folders of their own."""
-    if not path.is_dir() or ((path / LATEST_UNIVERSAL).is_file() and not tag_folder(path, LATEST_UNIVERSAL).is_dir()):
-        return False
-    return any((tag_folder(path, LATEST_UNIVERSAL) / _PARAMETERS).glob(f"*/{_WEIGHT}"))
+    """Whether a folder has parameters in folders of their own, or names such a one in `latest_universal`, and no other.
+
+    Where `latest` is too, the checkpoint it names is meant, from which the universal one was made.
+    """
+    pointed = (path / LATEST_UNIVERSAL).is_file() and not (path / LATEST).is_file()
+    folder = tag_folder(path, LATEST_UNIVERSAL) if pointed else path
+    return any((folder / _PARAMETERS).glob(f"*/{_WEIGHT}"))

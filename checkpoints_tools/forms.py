@@ -66,30 +66,21 @@ def _foreign(stored: StoredTensors, reading: Reading) -> Weights:
 
 
 def _is_core(path: Path) -> bool:
-    # Also what was such a folder and is damaged, to be refused for what it lacks.
-    return (path / STATE_FILE).exists() or path.name.startswith("step_") or any(_checkpoints(path))
+    # Also what was such a folder and is damaged, to be refused for what it lacks; train_vae.py has a step_... too.
+    named = path.name.startswith("step_") and not is_released(path)
+    return (path / STATE_FILE).exists() or named or any(_checkpoints(path))
+
+
+def _is_distributed(path: Path) -> bool:
+    return (path / METADATA_FILE).is_file() and not (path / STATE_FILE).exists() and not path.name.startswith("step_")
 
 
 def _checkpoints(path: Path) -> list[Path]:
     return [folder for pattern in ("step_*", "checkpoints/step_*") for folder in path.glob(pattern)]
 
 
-# In the order in which they are tried.
+# In the order in which they are tried: any folder with a safetensors file may be a released one.
 FORMS = (
-    Form(
-        "released",
-        "released Hugging Face form",
-        "a folder with *.safetensors (or CLIP's pytorch_model.bin and config.json), or one file *.safetensors",
-        is_released,
-        lambda path, reading: ReleasedFolder(path, reading.kind, reading.config, reading.tell),
-    ),
-    Form(
-        "core",
-        "megatron-core distributed checkpoint",
-        f"a run folder, or a folder with {STATE_FILE}",
-        _is_core,
-        lambda path, reading: CoreCheckpoint(path),
-    ),
     Form(
         "deepspeed-universal",
         "universal checkpoint of DeepSpeed",
@@ -112,8 +103,22 @@ FORMS = (
         "torch-dcp",
         "torch distributed checkpoint (FSDP, FSDP2)",
         f"a folder with {METADATA_FILE}",
-        lambda path: (path / METADATA_FILE).is_file(),
+        _is_distributed,
         lambda path, reading: _foreign(TorchDistributedCheckpoint(path), reading),
+    ),
+    Form(
+        "released",
+        "released Hugging Face form",
+        "a folder with *.safetensors (or CLIP's pytorch_model.bin and config.json), or one file *.safetensors",
+        is_released,
+        lambda path, reading: ReleasedFolder(path, reading.kind, reading.config, reading.tell),
+    ),
+    Form(
+        "core",
+        "megatron-core distributed checkpoint",
+        f"a run folder, or a folder with {STATE_FILE}",
+        _is_core,
+        lambda path, reading: CoreCheckpoint(path),
     ),
     Form(
         "torch",
@@ -142,11 +147,11 @@ def find_form(path: Path, name: str | None = None) -> Form:
     Raises:
         UserError: none.
     """
-    found = next((form for form in FORMS if (form.name == name if name else form.recognises(path))), None)
-    if found is None:
+    found = [form for form in FORMS if (form.name == name if name else form.recognises(path))]
+    if not found:
         looked = "; ".join(f"{form.recognised_by} ({form.title})" for form in FORMS)
         raise UserError(f"{path} is in no form that is known. Looked for: {looked}. --form NAME tells which it is")
-    return found
+    return found[0]
 
 
 def add_reading_options(command: argparse.ArgumentParser) -> None:

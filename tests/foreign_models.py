@@ -34,7 +34,7 @@ def released_weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[
     model = tiny_dit()
     return {
         theirs: torch.randn(model.shapes[ours], generator=generator).to(dtype)
-        for ours, theirs in model.released.items()
+        for ours, theirs in sorted(model.released.items())
     }
 
 
@@ -82,3 +82,9 @@ def assert_holds(weights: Weights, expected: Mapping[str, Tensor]) -> None:
         assert (found.dtype, found.shape) == (weights.templates[ours].dtype, weights.templates[ours].shape), ours
         assert found.dtype == expected[theirs].dtype
         assert torch.equal(found, expected[theirs]), theirs
+
+
+def read_all(weights: Weights) -> None:
+    """Read every tensor once."""
+    for name in weights.templates:
+        weights.tensor(name)
