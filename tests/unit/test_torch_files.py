@@ -263,7 +263,7 @@ def test_the_metadata_of_a_distributed_checkpoint_runs_nothing(folder: Path) -> 
 def test_what_is_in_no_form_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match=r"no form that is known.*config\.json.*latest.*\.metadata.*\*\.pt.*--form"):
+        with pytest.raises(UserError, match=r"no form that is known.*latest.*\.metadata.*safetensors.*train_state\.json.*\*\.pt.*--form"):
             open_weights(path)
     with pytest.raises(UserError, match=r"none\.pt is not there"):
         open_weights(tmp_path / "none.pt")
