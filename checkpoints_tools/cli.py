@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools import average, diff_command
+from checkpoints_tools import average, diff_command, inspect_command
 from checkpoints_tools.convert import convert
 from checkpoints_tools.released import GIGABYTE
 from checkpoints_tools.verify import checkpoints_of, verify
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_verify)
     average.add_command(commands)
     diff_command.add_command(commands)
+    inspect_command.add_command(commands)
     return parser
 
 

@@ -103,6 +103,10 @@ class ReleasedFolder:
         """One tensor, in its stored dtype."""
         return self._files.tensor(self._stored[name])
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files.path(self._stored[name]) if isinstance(self._files, SafetensorsFiles) else self._path
+
 
 def is_released(path: Path) -> bool:
     """Whether something looks like weights in this form, or like folders that hold such weights."""
