@@ -1,0 +1,125 @@
+"""What a block keeps for its backward pass, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_video.parallel import ParallelConfig
+from training.planner.shape import ModelShape
+from training.planner.work import BYTES, Branch, MicroBatch
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tensors of one kind, in numbers a token."""
+
+    what: str
+    """In words."""
+    branch: Branch | None
+    """Recomputing this branch spares it; None: it is what recomputation starts from, or behind it."""
+    residual: float = 0.0
+    """Widths D, as in the residual stream: cut over tensor-parallel ranks under sequence parallelism alone."""
+    heads: float = 0.0
+    """Widths D that tensor-parallel ranks share."""
+    ffn: float = 0.0
+    """Widths of the feed-forward, which they share too."""
+    statistics: float = 0.0
+    """fp32 numbers, cut as the residual stream is."""
+    head_statistics: float = 0.0
+    """fp32 numbers of every head."""
+    plain_only: bool = False
+    """Spared by the fused kernels (dit/fused.py)."""
+
+
+# tests/unit/test_saved_activations.py counts them where autograd keeps them.
+VIDEO_TOKEN = (
+    Kept("input of norm 1", None, residual=1),
+    Kept("norm 1: normalised", "projections", residual=1, plain_only=True),
+    Kept("norm 1: modulated; mean and deviation", "projections", residual=1, statistics=2),
+    Kept("query, key and value", "projections", heads=3),
+    Kept("query and key normalised", "core_attn", heads=2, plain_only=True),
+    Kept("query and key rotated; deviations, log-sum of attention", "core_attn", heads=2, head_statistics=3),
+    Kept("attention output", "projections", heads=1),
+    Kept("its projection, for the gate", "projections", residual=1),
+    Kept("input of cross-attention", None, residual=1),
+    Kept("cross-attention: query", "cross_attention", heads=1),
+    Kept("cross-attention: query normalised", "cross_attention", heads=1, plain_only=True),
+    Kept("cross-attention: query weighted; deviation, log-sum", "cross_attention", heads=1, head_statistics=2),
+    Kept("cross-attention: output", "cross_attention", heads=1),
+    Kept("input of norm 2", None, residual=1),
+    Kept("norm 2: normalised", "mlp", residual=1, plain_only=True),
+    Kept("norm 2: modulated; mean and deviation", "mlp", residual=1, statistics=2),
+    Kept("feed-forward before and after GELU", "mlp", ffn=2),
+    Kept("feed-forward output, for the gate", None, residual=1),
+)
+TEXT_TOKEN = (
+    Kept("text key and value", "cross_attention", heads=2),
+    Kept("text key normalised", "cross_attention", heads=1, plain_only=True),
+    Kept("text key weighted; deviation", "cross_attention", heads=1, head_statistics=1),
+)
+# Widths a sample: six modulations, and 1 + scale of two.
+_MODULATION = 8
+# Widths a token in the output head: its input, normalised, modulated.
+_HEAD = 3
+
+
+def kept_bytes(
+    shape: ModelShape, batch: MicroBatch, parallel: ParallelConfig, width: int = BYTES["bf16"], fused: bool = True
+) -> float:
+    """Bytes that one rank keeps of one block for one micro-batch, with the selective recomputation of `parallel`.
+
+    Full recomputation keeps `checkpoint_bytes` instead.
+
+    Args:
+        shape: of the model.
+        batch: its samples.
+        parallel: what is cut and what is recomputed.
+        width: bytes of a number.
+        fused: whether the fused kernels run (CUDA) or plain torch.
+    """
+    selective = parallel.recompute_granularity == "selective"
+    spared = frozenset(parallel.recompute_modules if selective else ())
+    tokens = batch.samples * batch.tokens / parallel.context_parallel_size
+    texts = batch.samples * batch.text_tokens
+    modulation = _MODULATION * shape.hidden_size * batch.samples * width
+    return modulation + sum(
+        count * _row_bytes(row, shape, parallel, width)
+        for count, table in ((tokens, VIDEO_TOKEN), (texts, TEXT_TOKEN))
+        for row in table
+        if row.branch not in spared and not (fused and row.plain_only)
+    )
+
+
+def checkpoint_bytes(
+    shape: ModelShape, batch: MicroBatch, parallel: ParallelConfig, width: int = BYTES["bf16"]
+) -> float:
+    """Bytes that one rank keeps of one block that is computed again: its input."""
+    tokens = batch.samples * batch.tokens / parallel.context_parallel_size
+    return width * tokens * shape.hidden_size / _residual_cut(parallel)
+
+
+def head_bytes(shape: ModelShape, batch: MicroBatch, parallel: ParallelConfig, width: int = BYTES["bf16"]) -> float:
+    """Bytes that the last stage keeps for the output head, and the prediction with its error in fp32."""
+    tokens = batch.samples * batch.tokens
+    own = tokens / (parallel.context_parallel_size * _residual_cut(parallel))
+    return width * _HEAD * own * shape.hidden_size + (width + FP32) * tokens * shape.out_channels
+
+
+def text_bytes(shape: ModelShape, batch: MicroBatch, width: int = BYTES["bf16"]) -> float:
+    """Bytes of the projected text, which all blocks share, and of what its projection keeps."""
+    widths = 4 * shape.hidden_size + shape.llm_channels + (shape.clip_channels or 0)
+    return width * batch.samples * batch.text_tokens * widths
+
+
+def _row_bytes(row: Kept, shape: ModelShape, parallel: ParallelConfig, width: int) -> float:
+    """Bytes a token on one rank."""
+    tp, d, residual_cut = parallel.tensor_model_parallel_size, shape.hidden_size, _residual_cut(parallel)
+    numbers = row.residual * d / residual_cut + (row.heads * d + row.ffn * shape.ffn_size) / tp
+    statistics = row.statistics / residual_cut + row.head_statistics * shape.num_heads / tp
+    return width * numbers + FP32 * statistics
+
+
+def _residual_cut(parallel: ParallelConfig) -> int:
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

@@ -1,0 +1,163 @@
+"""A cluster as the planner sees it: what its devices and links can do, and how much of that kernels reach."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+from megatron_video.config_io import config_dataclass, load_config
+from megatron_video.errors import UserError
+
+CLUSTER_DIR = Path(__file__).parent.parent / "configs" / "clusters"
+GIB = 2**30
+GIGA = 1e9
+
+NumberType = Literal["fp32", "bf16", "fp8"]
+
+
+@config_dataclass
+class Efficiency:
+    """Share of a peak that kernels and collectives reach. Measured on the machine if possible."""
+
+    gemm: float = 0.65
+    """Matrix products, of the peak of their type."""
+    attention: float = 0.5
+    """Self- and cross-attention, of the peak of the activations' type. Backward is counted with the scores that it
+    computes again: 10 s^2 d beside the 4 s^2 d of forward."""
+    hbm: float = 0.8
+    """Norms, modulation, residuals, activation function, optimizer: of the memory's bandwidth."""
+    nvlink: float = 0.8
+    """All-gather and reduce-scatter inside a node."""
+    nic: float = 0.6
+    """Anything that leaves a node."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        for name in ("gemm", "attention", "hbm", "nvlink", "nic"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie above 0 and at most be 1")
+
+
+@config_dataclass
+class Cluster:
+    """GPUs of one type in nodes of one kind. Bandwidths are of one device, in one direction, in 10^9 bytes a second."""
+
+    gpu: str
+    """Type, for tables."""
+    gpus: int
+    """Of the whole job."""
+    gpus_per_node: int = 8
+    """Devices that NVLink connects."""
+    memory_gib: float
+    """Of one device."""
+    reserved_gib: float = 6.0
+    """Not for tensors: CUDA context, NCCL's buffers, what the allocator cannot use."""
+    peak_tflops: dict[NumberType, float]
+    """Dense TFLOP/s of one device by number type."""
+    hbm_gbps: float
+    """Bandwidth of the device's memory."""
+    nvlink_gbps: float
+    """Inside a node."""
+    nic_gbps: float
+    """Between nodes, of the part of the network cards that falls to one device."""
+    host_gbps: float = 25.0
+    """Between host and device."""
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    """How much of these is reached."""
+    hidden_tensor_parallel: float = 0.0
+    """Share of tensor-parallel communication that runs beside matrix products: 0 where collectives and products take
+    turns, as in this project; StepCCL (arXiv 2502.10248, 6.2.2) hides most of it."""
+    price_per_gpu_hour: float | None = None
+    """What an hour of one device costs; null leaves costs out."""
+    currency: str = "USD"
+    """Of the price."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine has.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        positive = ("gpus", "gpus_per_node", "memory_gib", "hbm_gbps", "nvlink_gbps", "nic_gbps", "host_gbps")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 <= self.hidden_tensor_parallel <= 1:
+            raise ValueError(f"hidden_tensor_parallel={self.hidden_tensor_parallel} must lie between 0 and 1")
+        if not 0 <= self.reserved_gib < self.memory_gib:
+            raise ValueError(f"reserved_gib={self.reserved_gib} must be at least 0 and below memory_gib")
+        if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:
+            raise ValueError(f"price_per_gpu_hour={self.price_per_gpu_hour} must not be negative")
+        unusable = {name: peak for name, peak in self.peak_tflops.items() if peak <= 0}
+        if unusable or "bf16" not in self.peak_tflops:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must have bf16, and numbers above 0")
+
+    def peak(self, number_type: NumberType) -> float:
+        """Dense FLOP/s of one device.
+
+        Raises:
+            UserError: the description does not say.
+        """
+        if number_type not in self.peak_tflops:
+            known = ", ".join(self.peak_tflops)
+            raise UserError(f"the cluster's peak_tflops has {known} and not {number_type}; add it")
+        return self.peak_tflops[number_type] * 1e12
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of one device, for tensors."""
+        return (self.memory_gib - self.reserved_gib) * GIB
+
+    @property
+    def hbm_bytes_per_second(self) -> float:
+        """Reached by kernels that only move numbers."""
+        return self.hbm_gbps * GIGA * self.efficiency.hbm
+
+    @property
+    def nic_bytes_per_second(self) -> float:
+        """Reached by one device's traffic to other nodes."""
+        return self.nic_gbps * GIGA * self.efficiency.nic
+
+    @property
+    def nvlink_bytes_per_second(self) -> float:
+        """Reached inside a node."""
+        return self.nvlink_gbps * GIGA * self.efficiency.nvlink
+
+    def gather_seconds(self, total_bytes: float, ranks: int, stride: int) -> float:
+        """All-gather or reduce-scatter of `total_bytes` over `ranks` that are `stride` apart.
+
+        A ring enters and leaves each node once, over the network cards of all members there.
+        """
+        inside = self._members_in_node(ranks, stride)
+        moved = total_bytes * (ranks - 1) / ranks
+        if inside == ranks:
+            return moved / self.nvlink_bytes_per_second
+        return moved / min(self.nvlink_bytes_per_second, self.nic_bytes_per_second * inside)
+
+    def exchange_seconds(self, rank_bytes: float, ranks: int, stride: int) -> float:
+        """All-to-all in which each of `ranks` holds `rank_bytes` and sends every other an equal part."""
+        inside = self._members_in_node(ranks, stride)
+        to_others = rank_bytes * (ranks - inside) / ranks / self.nic_bytes_per_second
+        return max(to_others, rank_bytes * (inside - 1) / ranks / self.nvlink_bytes_per_second)
+
+    def send_seconds(self, sent_bytes: float, stride: int) -> float:
+        """One message to the rank `stride` away."""
+        inside = stride < self.gpus_per_node
+        return sent_bytes / (self.nvlink_bytes_per_second if inside else self.nic_bytes_per_second)
+
+    def _members_in_node(self, ranks: int, stride: int) -> int:
+        return min(ranks, max(1, self.gpus_per_node // stride))
+
+
+def load_cluster(source: str | Path, overrides: tuple[str, ...] = ()) -> Cluster:
+    """From a YAML file, or the name of one in training/configs/clusters.
+
+    Raises:
+        UserError: no such file, an unknown field, or a number that means nothing.
+    """
+    return load_config(Cluster, source, overrides, CLUSTER_DIR)
