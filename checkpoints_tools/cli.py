@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools import average, diff_command, inspect_command
-from checkpoints_tools.convert import convert
-from checkpoints_tools.released import GIGABYTE
+from checkpoints_tools import average, convert, diff_command, inspect_command
 from checkpoints_tools.verify import checkpoints_of, verify
 
 DIFFERENT_EXIT_CODE = 1
@@ -27,18 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-video ckpt", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser(
-        "convert",
-        help="megatron-core checkpoint -> released Hugging Face folder, or back",
-        description="The direction follows from what --in is. Dtypes are kept: the way there and back is exact.",
-    )
-    command.add_argument("--in", dest="source", type=Path, required=True, help="run, step or Hugging Face folder")
-    command.add_argument("--out", type=Path, required=True, help="folder to create; an existing one is refused")
-    command.add_argument("--max-shard-gb", type=float, default=10.0, help="largest safetensors file, GB (default 10)")
-    command.add_argument("--no-verify", action="store_true", help="skip reading the output back and comparing hashes")
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
-    command.set_defaults(run=_convert)
-
+    convert.add_command(commands)
     command = commands.add_parser(
         "verify",
         help="read a checkpoint and compare every file with the checksum it was written with",
@@ -53,18 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     diff_command.add_command(commands)
     inspect_command.add_command(commands)
     return parser
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    shard_bytes = int(arguments.max_shard_gb * GIGABYTE)
-    report = convert(arguments.source, arguments.out, shard_bytes=shard_bytes, verify=not arguments.no_verify)
-    if arguments.json:
-        print(json.dumps(dataclasses.asdict(report)))
-    else:
-        checked = "every tensor verified by sha256" if report.verified else "not verified"
-        print(f"{report.direction}: {report.tensors} tensors, {report.parameters:,} parameters, {checked}")
-        print(f"written: {report.output}")
-    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

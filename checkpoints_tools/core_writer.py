@@ -156,7 +156,8 @@ class CoreSink(FileSet):
         (self.folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         small = [METADATA_FILE, "metadata.json", COMMON_STATE_FNAME, CONFIG_FILE]
         files = self.stored | {name: stored_file(self.folder / name) for name in small}
-        write_state(self.folder, {**self._beside.state, WRITTEN: time.time()}, files)
+        # A checkpoint that is written anew is as old as it was: runs delete them by age.
+        write_state(self.folder, {WRITTEN: time.time(), **self._beside.state}, files)
 
     def _metadata(self) -> Metadata:
         entries: dict[str, STORAGE_TYPES] = {}

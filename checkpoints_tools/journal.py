@@ -24,6 +24,8 @@ from training.checkpoint_files import write_durably
 PARTIAL_SUFFIX = ".partial"
 JOURNAL_FILE = ".journal.json"
 _LOCK_SUFFIX = ".lock"
+# For metadata beside the tensors.
+_SPARE_BYTES = 1 << 20
 Tell = Callable[[str], None]
 
 
@@ -119,6 +121,24 @@ def check_absent(output: Path) -> None:
     """
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists already; choose another --out or remove it")
+
+
+def check_room(output: Path, need: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        output: file or folder to create; what a killed command left for it counts as free.
+        need: bytes.
+
+    Raises:
+        UserError: naming both figures.
+    """
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    left = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(place).free + left
+    if free < need + _SPARE_BYTES:
+        raise UserError(f"no room for {output}: {need / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free in {place}")
 
 
 def source_identity(*paths: Path) -> dict[str, list[int]]:

@@ -81,6 +81,11 @@ def digest(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
+def total_digest(digests: Mapping[str, str]) -> str:
+    """One digest of all tensors: equal for equal weights under equal names, in any order and form."""
+    return str(xxhash.xxh3_128("".join(f"{name} {found}\n" for name, found in sorted(digests.items()))).hexdigest())
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory, not a copy of it."""
     return tensor.view(-1).view(torch.uint8).numpy().data
