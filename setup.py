@@ -61,6 +61,7 @@ EXTRAS = {
         "onnxruntime>=1.20,<2",
         "faiss-cpu>=1.10,<2",
         "duckdb>=1.2,<3",
+        "diffusers>=0.31,<0.42",  # loads released folders in tests, as the public code does
         "pillow-heif>=1,<2",
         "pytest>=8,<10",
         "hypothesis>=6,<7",

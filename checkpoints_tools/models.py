@@ -12,6 +12,7 @@ import torch
 from checkpoints_tools.clip_config import ClipConfig
 from checkpoints_tools.dit_names import released_names
 from checkpoints_tools.released_fields import CLIP_FIELDS, DIT_FIELDS, LLM_FIELDS, VAE_FIELDS, ReleasedFields
+from checkpoints_tools.safetensors_files import GIGABYTE
 from checkpoints_tools.weights import Model
 from megatron_video.config_io import build_config, config_to_dict
 from megatron_video.dit import DiTConfig, build_dit
@@ -35,8 +36,8 @@ class Kind:
     """Dataclass of its sizes; the defaults are the released ones."""
     stem: str
     """Of its released weight files: STEM.safetensors, or STEM-00001-of-00006.safetensors and so on with an index."""
-    shard_gigabytes: float
-    """Largest of these files, in GB, as released; a single tensor may be larger."""
+    shard_gigabytes: float | None
+    """Largest of these files, in GB, as released; a single tensor may be larger. None: the public code opens one."""
     build: Callable[[Any], Model]
     """Sizes -> tensors."""
     fields: ReleasedFields
@@ -99,7 +100,7 @@ KINDS = {
         section="vae",
         config=VAEConfig,
         stem="vae_v2",
-        shard_gigabytes=10.0,
+        shard_gigabytes=None,
         build=_vae,
         fields=VAE_FIELDS,
         signature="decoder.conv_unpatchify.conv.conv.weight",
@@ -128,6 +129,19 @@ KINDS = {
         signature="tok_embeddings.word_embeddings.weight",
     ),
 }
+
+
+def shard_limit(kind: Kind, given: int | None) -> int | None:
+    """Bytes of the largest released file; None: there is one file.
+
+    Raises:
+        UserError: `given`, and this model's file must not be cut.
+    """
+    if kind.shard_gigabytes is None:
+        if given is not None:
+            raise UserError(f"--max-shard-gb: a {kind.title} is one file, {kind.stem}.safetensors; leave it out")
+        return None
+    return given or int(kind.shard_gigabytes * GIGABYTE)
 
 
 def kind_of(config: Any) -> Kind:

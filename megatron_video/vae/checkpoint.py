@@ -1,4 +1,4 @@
-"""Video-VAE files: a folder with `config.json` and `model.safetensors`, or the released `.safetensors` alone."""
+"""Video-VAE files: a folder with `config.json` and weights, the released folder, or its `.safetensors` file alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron_video.vae.config import VAEConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+RELEASED_FILE = "vae_v2.safetensors"
 SHOWN = 5
 
 
@@ -26,7 +27,8 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     """Read a Video-VAE for inference.
 
     Args:
-        path: a folder written by `save_vae`, or a `.safetensors` file of the released widths.
+        path: a folder written by `save_vae` or with the released file, or a `.safetensors` file. Without
+            `config.json` in the folder, and for a file, the widths are the released ones.
         device: where the weights go.
         dtype: of the weights, and so of the computation.
 
@@ -34,14 +36,23 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         UserError: a file is missing or unreadable, or keys or shapes do not fit the configuration.
     """
     path = Path(path)
-    config = _read_config(path / CONFIG_FILE) if path.is_dir() else VAEConfig()
-    weights_path = path / WEIGHTS_FILE if path.is_dir() else path
+    weights_path = _weights_path(path)
+    # The released folder has none.
+    bare = not path.is_dir() or (weights_path.name == RELEASED_FILE and not (path / CONFIG_FILE).exists())
+    config = VAEConfig() if bare else _read_config(path / CONFIG_FILE)
     weights = _read_weights(weights_path, device)
     with torch.device("meta"):
         vae = VideoVAE(config)
     check_weights(vae, weights, str(weights_path))
     vae.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     return to_channels_last(vae).eval().requires_grad_(False)
+
+
+def _weights_path(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    released = path / RELEASED_FILE
+    return released if released.is_file() and not (path / WEIGHTS_FILE).exists() else path / WEIGHTS_FILE
 
 
 def save_vae(vae: VideoVAE, folder: str | Path) -> None:

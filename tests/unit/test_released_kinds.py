@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_tools.clip_config import ClipConfig
-from checkpoints_tools.models import KINDS
+from checkpoints_tools.models import KINDS, shard_limit
 from checkpoints_tools.released import ReleasedFolder, released_config
 from checkpoints_tools.safetensors_files import plan_files
 from checkpoints_tools.weights import Model, check_tensors
@@ -102,7 +102,7 @@ def test_weights_are_cut_into_the_files_that_are_released(kind: str, last: str, 
     model = released_model(kind)
     shapes = templates(model, RELEASED_DTYPES[kind])
     held = {name: shapes[name] for name in model.released}
-    files = plan_files(held, KINDS[kind].stem, int(KINDS[kind].shard_gigabytes * 1e9))
+    files = plan_files(held, KINDS[kind].stem, shard_limit(KINDS[kind], None))
     found = [sum(held[name].nbytes for name in names) / 1e9 for names in files.values()]
     assert list(files)[-1] == last
     assert found == pytest.approx(sizes, abs=0.006)

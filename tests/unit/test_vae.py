@@ -144,6 +144,20 @@ def test_save_and_load_are_exact(tiny_vae: VideoVAE, tmp_path: Path) -> None:
     assert load_vae(tmp_path, dtype=torch.bfloat16).decode(torch.zeros(1, 1, 2, 1, 1)).dtype == torch.bfloat16
 
 
+def test_released_folder_is_read_by_its_file_name(tiny_vae: VideoVAE, tmp_path: Path) -> None:
+    save_vae(tiny_vae, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "vae_v2.safetensors")
+    # The released folder also holds the first version's file.
+    save_file({"other": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    latents = torch.ones(1, 1, 2, 1, 1)
+    assert torch.equal(load_vae(tmp_path).decode(latents), tiny_vae.decode(latents))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="does not fit"):  # the released widths are not these
+        load_vae(tmp_path)
+    with pytest.raises(UserError, match="no Video-VAE weights at"):
+        load_vae(tmp_path / "nowhere")
+
+
 def test_wrong_files_are_named(tiny_vae: VideoVAE, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json is missing"):
         load_vae(tmp_path)
