@@ -63,6 +63,7 @@ EXTRAS = {
         "duckdb>=1.2,<3",
         "diffusers>=0.31,<0.42",  # loads released folders in tests, as the public code does
         "pillow-heif>=1,<2",
+        "peft>=0.17,<0.22",  # its merge is what `ckpt convert --lora` is compared with
         "pytest>=8,<10",
         "hypothesis>=6,<7",
         "ruff>=0.8,<1",

@@ -68,7 +68,7 @@ class ForeignWeights:
     ) -> None:
         self._tensors, self._model = stored, model
         self._ours = {theirs: ours for ours, theirs in model.released.items()} | {name: name for name in model.shapes}
-        names = {_unwrapped(name): name for name in stored.templates}
+        names = {unwrapped(name): name for name in stored.templates}
         if len(names) != len(stored.templates):
             raise UserError(f"{stored.origin} holds tensors twice, with and without {', '.join(WRAPPERS)}")
         self._prefix = self._chosen(names, key)
@@ -190,7 +190,8 @@ def _model_of_yaml(path: Path) -> Model:
     return kind.build(build_config(kind.config, values[kind.section], origin=str(path)))
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A stored name without those of wrapping modules."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -13,6 +13,7 @@ from checkpoints_tools.core_contents import METADATA_FILE
 from checkpoints_tools.deepspeed_files import DeepSpeedCheckpoint, Values, is_deepspeed
 from checkpoints_tools.deepspeed_universal import UniversalCheckpoint, is_universal
 from checkpoints_tools.foreign import ForeignWeights, Tell, find_model
+from checkpoints_tools.lora import AdapterSource, merged
 from checkpoints_tools.models import KINDS
 from checkpoints_tools.released import ReleasedFolder, is_released
 from checkpoints_tools.torch_files import SUFFIXES, StoredTensors, TorchDistributedCheckpoint, TorchFile
@@ -44,6 +45,8 @@ class Reading:
     """Run whatever a pickle asks for."""
     deepspeed_weights: Values = "fp32"
     """Which weights of DeepSpeed's."""
+    loras: tuple[str, ...] = ()
+    """Adapters to merge, PATH or PATH=WEIGHT."""
     tell: Tell = _tell
     """Gets a line about everything that was chosen."""
 
@@ -138,7 +141,19 @@ def open_weights(path: Path, reading: Reading = Reading()) -> Weights:
     """
     if not path.exists():
         raise UserError(f"{path} is not there")
-    return find_form(path, reading.form).open(path, reading)
+    return adapted(find_form(path, reading.form).open(path, reading), reading)
+
+
+def adapted(weights: Weights, reading: Reading) -> Weights:
+    """The weights with the adapters of `reading` merged, or as they are if it names none.
+
+    Raises:
+        UserError: an adapter that is damaged, or of another kind, model or shape.
+    """
+    if not reading.loras:
+        return weights
+    sources = [AdapterSource.parse(text) for text in reading.loras]
+    return merged(weights, sources, reading.trust_pickle, reading.tell)
 
 
 def find_form(path: Path, name: str | None = None) -> Form:
@@ -171,6 +186,13 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
         help="the optimizer's fp32 weights (default), or the module's as it computed with them",
     )
     group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="merge a PEFT or diffusers adapter into what is read; may be given several times",
+    )
+    group.add_argument(
         TRUST_OPTION,
         action="store_true",
         help="run whatever a .pt file asks for, which can be anything; only for files of people you trust",
@@ -187,4 +209,5 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         ignored=tuple(arguments.ignore),
         trust_pickle=arguments.trust_pickle,
         deepspeed_weights=arguments.deepspeed_weights,
+        loras=tuple(arguments.lora),
     )
