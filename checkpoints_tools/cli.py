@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools import average, convert, diff_command, inspect_command
+from checkpoints_tools import average, convert, diff_command, inspect_command, pipeline
 from checkpoints_tools.verify import checkpoints_of, verify
 
 DIFFERENT_EXIT_CODE = 1
@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert.add_command(commands)
+    pipeline.add_command(commands)
     command = commands.add_parser(
         "verify",
         help="read a checkpoint and compare every file with the checksum it was written with",

@@ -149,8 +149,8 @@ def test_released_folder_is_read_by_its_file_name(tiny_vae: VideoVAE, tmp_path: 
     (tmp_path / "model.safetensors").rename(tmp_path / "vae_v2.safetensors")
     # The released folder also holds the first version's file.
     save_file({"other": torch.zeros(1)}, tmp_path / "vae.safetensors")
-    latents = torch.ones(1, 1, 2, 1, 1)
-    assert torch.equal(load_vae(tmp_path).decode(latents), tiny_vae.decode(latents))
+    loaded = load_vae(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in tiny_vae.state_dict().items())
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="does not fit"):  # the released widths are not these
         load_vae(tmp_path)
