@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools import average, convert, diff_command, inspect_command, pipeline
+from checkpoints_tools import average, convert, diff_command, inspect_command, pipeline, prune, reshard
 from checkpoints_tools.verify import checkpoints_of, verify
 
 DIFFERENT_EXIT_CODE = 1
@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     average.add_command(commands)
     diff_command.add_command(commands)
     inspect_command.add_command(commands)
+    reshard.add_command(commands)
+    prune.add_command(commands)
     return parser
 
 

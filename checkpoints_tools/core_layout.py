@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_video.dit import DiTConfig
 from megatron_video.dit.stage import Stage, stages_of_rank
+from megatron_video.errors import UserError
 from megatron_video.layout import Layout
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig, rank_grid
@@ -79,6 +80,8 @@ class CoreLayout:
         Raises:
             UserError: the layout cannot work for this model.
         """
+        if data_parallel_size < 1:
+            raise UserError(f"data_parallel_size={data_parallel_size}: a number of replicas is at least 1")
         self.ranks = parallel.model_parallel_size * data_parallel_size
         check_layout(Layout(parallel, dit, world_size=self.ranks))
         self._parallel, self._shapes = parallel, shapes

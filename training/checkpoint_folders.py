@@ -140,17 +140,31 @@ def recover(checkpoints_dir: Path) -> None:
     No job may be writing there.
     """
     (checkpoints_dir / (LATEST_FILE + WRITING_SUFFIX)).unlink(missing_ok=True)
-    for folder in sorted(checkpoints_dir.glob(f"step_*{REPLACED_SUFFIX}")):
-        target = folder.with_suffix("")
-        if not target.exists():
-            rename_durably(folder, target)
+    restore_replaced(checkpoints_dir)
     for suffix in (REPLACED_SUFFIX, WRITING_SUFFIX, DELETING_SUFFIX):
         for folder in sorted(checkpoints_dir.glob(f"step_*{suffix}")):
             shutil.rmtree(folder)
 
 
+def restore_replaced(checkpoints_dir: Path) -> None:
+    """Give checkpoints their names back that were about to be replaced when the job was killed."""
+    for folder in sorted(checkpoints_dir.glob(f"step_*{REPLACED_SUFFIX}")):
+        target = folder.with_suffix("")
+        if not target.exists():
+            rename_durably(folder, target)
+
+
 def publish(writing: Path, target: Path) -> None:
     """Give a complete folder its name, and move `latest` to it. All its files are on the disk already."""
+    replace_folder(writing, target)
+    write_durably(target.parent / LATEST_FILE, target.name + "\n")
+
+
+def replace_folder(writing: Path, target: Path) -> None:
+    """Give a complete folder the name `target`; one that has it is there until then, and comes back after a kill.
+
+    All files of `writing` are on the disk already.
+    """
     sync(writing)
     replaced = target.with_name(target.name + REPLACED_SUFFIX)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -158,7 +172,6 @@ def publish(writing: Path, target: Path) -> None:
         os.replace(target, replaced)
     # From here on the checkpoint counts as complete, whether `latest` moves or not.
     rename_durably(writing, target)
-    write_durably(target.parent / LATEST_FILE, target.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
 
 
