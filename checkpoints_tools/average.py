@@ -6,22 +6,30 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints_tools.core import CoreCheckpoint
-from checkpoints_tools.derived import write_derived
+from checkpoints_tools.derived import (
+    Derivation,
+    Output,
+    add_output_options,
+    check_output,
+    open_source,
+    output_of,
+    told_output,
+    total_bytes,
+    write_derived,
+)
 from checkpoints_tools.ema_profiles import Mix
-from checkpoints_tools.forms import open_weights
+from checkpoints_tools.forms import Reading, add_reading_options, open_weights, reading_of
 from checkpoints_tools.mixed_weights import MixedWeights, check_sources
 from checkpoints_tools.reconstruct import WantedAverage, reconstruct, recorded_step
 from checkpoints_tools.weights import Weights
 from megatron_video.errors import UserError
 
-RECORD = "average.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -79,7 +87,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Options:
-    """How to average."""
+    """What kind of mean."""
 
     ema: bool = False
     """Take the moving averages that the run kept instead of the trained weights."""
@@ -87,72 +95,77 @@ class Options:
     """A moving average to reconstruct; None: the weighted mean."""
     dtype: torch.dtype | None = None
     """Of the output; None: each tensor's, as the first source's trained weights have it."""
-    verify: bool = True
-    """Read the output back."""
-    dry_run: bool = False
-    """Check all that needs no values, and write nothing."""
+    reading: Reading = field(default_factory=Reading)
+    """Of the sources."""
+
+
+class Averaging:
+    """One average; everything that needs no values is checked when it is made.
+
+    Args:
+        sources: at least two checkpoints of one model, in any form.
+        output: where it goes.
+        options: what kind of mean.
+
+    Raises:
+        UserError: the output exists or has no room; too few, equal or different sources; no such moving average.
+    """
+
+    def __init__(self, sources: Sequence[Source], output: Output, options: Options) -> None:
+        self.output, self.options = output, options
+        opened: list[Weights] = [open_source(source.path, options.ema, options.reading) for source in sources]
+        check_sources(opened)
+        # The averages are fp32; the model they are for has its own type.
+        first = open_weights(sources[0].path, options.reading) if options.ema else opened[0]
+        templates = {name: each.to(options.dtype) for name, each in sorted(first.templates.items())}
+        self.opened, self.mix = _mix(opened, [source.weight for source in sources], options)
+        self.mean = MixedWeights(self.opened, self.mix.shares, templates)
+        check_output(self.mean, output)
+
+    def report(self) -> Average:
+        """What is done, or would be."""
+        templates = self.mean.templates.values()
+        return Average(
+            output=str(self.output.path),
+            sources=[
+                {"checkpoint": str(source.origin), "step": recorded_step(source), "share": share}
+                for source, share in zip(self.opened, self.mix.shares, strict=True)
+            ],
+            averaged_averages=self.options.ema,
+            wanted=asdict(self.options.wanted) if self.options.wanted else None,
+            residual=self.mix.residual,
+            before_first=self.mix.before_first,
+            amplification=self.mix.amplification,
+            tensors=len(templates),
+            parameters=sum(each.numel() for each in templates),
+            bytes=total_bytes(self.mean),
+            verified=self.output.verify and not self.output.dry_run,
+        )
+
+    def write(self) -> None:
+        """Write it, with what it was made of in average.json; see derived.write_derived."""
+        settings = {"shares": self.mix.shares, "ema": self.options.ema, "dtype": str(self.options.dtype)}
+        derivation = Derivation("average", [source.origin for source in self.opened], settings)
+        write_derived(self.mean, self.output, derivation, lambda: asdict(self.report()))
 
 
 _DEFAULTS = Options()
 
 
-def average(sources: Sequence[Source], output: Path, options: Options = _DEFAULTS) -> Average:
-    """Write the mean as a checkpoint of step 0, one tensor after the other; it is read back before it gets its name.
+def average(sources: Sequence[Source], output: Output, options: Options = _DEFAULTS) -> Average:
+    """Average checkpoints, tensor by tensor; see Averaging."""
+    averaging = Averaging(sources, output, options)
+    if not output.dry_run:
+        averaging.write()
+    return averaging.report()
 
-    Args:
-        sources: at least two checkpoints of one model, in any form.
-        output: folder to create.
-        options: what kind of mean, and how.
 
-    Raises:
-        UserError: the output exists; too few, equal or different sources; a tensor that is not finite.
-    """
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another --out or remove it")
-    opened: list[Weights] = [_open(source.path, options.ema) for source in sources]
-    check_sources(opened)
+def _mix(opened: list[Weights], weights: Sequence[float], options: Options) -> tuple[list[Weights], Mix]:
     if options.wanted is None:
-        total = sum(source.weight for source in sources)
-        mix = Mix([source.weight / total for source in sources])
-    else:
-        if any(source.weight != 1 for source in sources):
-            raise UserError("a moving average sets the shares itself: leave the =WEIGHT of the sources out")
-        opened, mix = reconstruct(opened, options.wanted, options.ema)
-    # The averages are fp32; the model they are for has its own type.
-    trained = open_weights(sources[0].path) if options.ema else opened[0]
-    templates = {name: each.to(options.dtype) for name, each in sorted(trained.templates.items())}
-    mixed = MixedWeights(opened, mix.shares, templates)
-    record = _record(output, opened, mix, mixed, options)
-    if not options.dry_run:
-        write_derived(mixed, output, RECORD, asdict(record), verify=options.verify)
-    return record
-
-
-def _open(path: Path, ema: bool) -> Weights:
-    return CoreCheckpoint(path, averaged=True) if ema else open_weights(path)
-
-
-def _record(
-    output: Path, sources: Sequence[Weights], mix: Mix, mixed: MixedWeights, options: Options = _DEFAULTS
-) -> Average:
-    described: list[dict[str, object]] = [
-        {"checkpoint": str(source.origin), "step": recorded_step(source), "share": share}
-        for source, share in zip(sources, mix.shares, strict=True)
-    ]
-    templates = mixed.templates.values()
-    return Average(
-        output=str(output),
-        sources=described,
-        averaged_averages=options.ema,
-        wanted=asdict(options.wanted) if options.wanted else None,
-        residual=mix.residual,
-        before_first=mix.before_first,
-        amplification=mix.amplification,
-        tensors=len(templates),
-        parameters=sum(each.numel() for each in templates),
-        bytes=sum(each.nbytes for each in templates),
-        verified=options.verify and not options.dry_run,
-    )
+        return opened, Mix([weight / sum(weights) for weight in weights])
+    if any(weight != 1 for weight in weights):
+        raise UserError("a moving average sets the shares itself: leave the =WEIGHT of the sources out")
+    return reconstruct(opened, options.wanted, options.ema)
 
 
 def add_command(commands: Any) -> None:
@@ -161,10 +174,10 @@ def add_command(commands: Any) -> None:
         "average",
         help="weighted mean of several checkpoints' weights, or the EMA that their run would have had",
         description="Tensor by tensor, summed in fp32, read back and compared; training and sampling load the result. "
-        "Sources are of any form; a moving average needs checkpoints that one run wrote.",
+        "Sources are of any form; a moving average needs checkpoints that one run wrote. A killed command goes on.",
     )
     command.add_argument("sources", nargs="+", metavar="RUN_OR_STEP[=WEIGHT]", help="weights count relatively; none: 1")
-    command.add_argument("--out", type=Path, required=True, help="folder to create; an existing one is refused")
+    add_output_options(command)
     command.add_argument("--ema", action="store_true", help="of the moving averages instead of the trained weights")
     wanted = command.add_mutually_exclusive_group()
     wanted.add_argument(
@@ -188,9 +201,7 @@ def add_command(commands: Any) -> None:
         help="most of the moving average that the sources may leave open (default 0.25)",
     )
     command.add_argument("--dtype", choices=sorted(DTYPES), help="of the output; the first checkpoint's unless given")
-    command.add_argument("--no-verify", action="store_true", help="skip reading the output back and comparing hashes")
-    command.add_argument("--dry-run", action="store_true", help="check the sources, show their shares, write nothing")
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_reading_options(command)
     command.set_defaults(run=_run)
 
 
@@ -200,27 +211,27 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.ema_decay is not None or arguments.ema_width is not None:
         wanted = WantedAverage(arguments.ema_decay, arguments.ema_width, arguments.tolerance)
     options = Options(
-        ema=arguments.ema,
-        wanted=wanted,
-        dtype=DTYPES.get(arguments.dtype),
-        verify=not arguments.no_verify,
-        dry_run=arguments.dry_run,
+        ema=arguments.ema, wanted=wanted, dtype=DTYPES.get(arguments.dtype), reading=reading_of(arguments)
     )
-    report = average(sources, arguments.out, options)
-    print(json.dumps(asdict(report)) if arguments.json else _told(report, arguments.dry_run))
+    averaging = Averaging(sources, output_of(arguments), options)
+    if not arguments.dry_run:
+        averaging.write()
+    report = averaging.report()
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+        return 0
+    for source in report.sources:
+        print(f"{source['share']:.4f} x {source['checkpoint']}")
+    print("\n".join([*_told_errors(report), told_output(averaging.mean, averaging.output)]))
     return 0
 
 
-def _told(report: Average, dry_run: bool) -> str:
-    lines = [f"{source['share']:.4f} x {source['checkpoint']}" for source in report.sources]
+def _told_errors(report: Average) -> list[str]:
+    lines = []
     if report.before_first:
         lines.append(f"{report.before_first:.2%} of the wanted average lie before the first; it stands for them")
     if report.residual is not None:
         lines.append(f"{report.residual:.2%} of the wanted profile is out of reach of the stored averages")
     if report.amplification > 1.01:
         lines.append(f"rounding errors of the sources grow {report.amplification:.1f}-fold (shares below 0)")
-    size = f"{report.tensors} tensors, {report.parameters:,} parameters, {report.bytes / 1e9:.3f} GB"
-    if dry_run:
-        return "\n".join([*lines, f"would write: {report.output}, {size}"])
-    checked = "read back and equal" if report.verified else "not read back"
-    return "\n".join([*lines, f"written: {report.output}, {size}, {checked}"])
+    return lines

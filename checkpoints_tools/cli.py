@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools import average, convert, diff_command, inspect_command, pipeline, prune, reshard
+from checkpoints_tools import average, convert, diff_command, inspect_command, pipeline, prune, reshard, upcycle
 from checkpoints_tools.verify import checkpoints_of, verify
 
 DIFFERENT_EXIT_CODE = 1
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_verify)
     average.add_command(commands)
+    upcycle.add_command(commands)
     diff_command.add_command(commands)
     inspect_command.add_command(commands)
     reshard.add_command(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,10 +110,14 @@ def _check_reached(mix: Mix, tolerance: float, first: Path) -> None:
     if mix.before_first is not None and mix.before_first > tolerance:
         raise UserError(
             f"{mix.before_first:.0%} of the wanted average lie before the first checkpoint ({first}): add earlier "
-            f"ones, ask for a shorter average, or allow it with --tolerance {mix.before_first:.2f}"
+            f"ones, ask for a shorter average, or allow it with --tolerance {_upwards(mix.before_first)}"
         )
     if mix.residual is not None and mix.residual > tolerance:
         raise UserError(
             f"the nearest mix of the stored averages misses {mix.residual:.0%} of the wanted one; add checkpoints in "
-            f"between, ask for a longer average, or allow it with --tolerance {mix.residual:.2f}"
+            f"between, ask for a longer average, or allow it with --tolerance {_upwards(mix.residual)}"
         )
+
+
+def _upwards(share: float) -> float:
+    return math.ceil(100 * share) / 100

@@ -39,13 +39,14 @@ def initialize_parameters(model: nn.Module, config: TransformerConfig, seed: int
         shape = list(parameter.shape)
         if dimension >= 0:
             shape[dimension] *= tp_size
-        value = _initial_value(name, shape, config, seed)
+        value = initial_value(name, shape, config, seed)
         if dimension >= 0:
             value = value.chunk(tp_size, dim=dimension)[tp_rank]
         set_parameter(parameter, value)
 
 
-def _initial_value(name: str, shape: list[int], config: TransformerConfig, seed: int) -> Tensor:
+def initial_value(name: str, shape: list[int], config: TransformerConfig, seed: int) -> Tensor:
+    """A whole parameter of the model before training, fp32 (see the module's table); `name` in the whole model."""
     if name.endswith(_ZERO) or name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

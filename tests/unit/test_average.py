@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from checkpoints_tools import derived
 from checkpoints_tools.average import Options, Source, average
 from checkpoints_tools.cli import main
 from checkpoints_tools.convert import convert
-from checkpoints_tools.core import CoreCheckpoint, stream_core
+from checkpoints_tools.core import CoreCheckpoint
+from checkpoints_tools.core_writer import CoreSink
+from checkpoints_tools.derived import Output
 from megatron_video.cli import run_command
 from megatron_video.dit import DiTConfig, build_dit
 from megatron_video.errors import UserError
@@ -87,35 +88,17 @@ def test_the_weighted_mean_loads_like_any_checkpoint(
 
 def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
     weights = [save(tmp_path / f"run{seed}", seed, torch.bfloat16) for seed in (1, 2)]
-    average([Source(tmp_path / "run1"), Source(tmp_path / "run2")], tmp_path / "mean")
+    average([Source(tmp_path / "run1"), Source(tmp_path / "run2")], Output(tmp_path / "mean"))
     found = load(tmp_path / "mean", torch.bfloat16)
     for name, parameter in found.items():
         expected = ((weights[0][name].float() + weights[1][name].float()) / 2).bfloat16()
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, expected), name
-    average([Source(tmp_path / "run1"), Source(tmp_path / "run2")], tmp_path / "wide", Options(dtype=torch.float32))
+    average(
+        [Source(tmp_path / "run1"), Source(tmp_path / "run2")], Output(tmp_path / "wide"), Options(dtype=torch.float32)
+    )
     wide = CoreCheckpoint(tmp_path / "wide")
     assert {template.dtype for template in wide.templates.values()} == {torch.float32}
-
-
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    templates = {f"tensor{index}": torch.empty(50 + index, device="meta") for index in range(8)}
-    made: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
-
-    def tensor_of(name: str) -> torch.Tensor:
-        alive.append(sum(tensor() is not None for tensor in made))
-        tensor = torch.full(templates[name].shape, float(len(made)))
-        made.append(weakref.ref(tensor))
-        return tensor
-
-    stream_core(tmp_path / "out", DiTConfig(**MODEL), templates, tensor_of)
-    assert len(alive) == 8
-    # The one before may still be in the hand that wrote it.
-    assert max(alive) <= 1
-    stored = CoreCheckpoint(tmp_path / "out")
-    assert stored.templates.keys() == templates.keys()
-    assert all(stored.tensor(name).shape == template.shape for name, template in templates.items())
 
 
 def test_what_cannot_be_averaged_is_refused(runs: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -130,10 +113,10 @@ def test_what_cannot_be_averaged_is_refused(runs: tuple[Path, list[dict[str, Any
     ]
     for sources, message in cases:
         with pytest.raises(UserError, match=message):
-            average(sources, tmp_path / "out")
+            average(sources, Output(tmp_path / "out"))
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        average([one, two], tmp_path / "there")
+        average([one, two], Output(tmp_path / "there"))
     with pytest.raises(UserError, match="must be above 0"):
         Source.parse("run=0")
     assert not (tmp_path / "out").exists()
@@ -152,17 +135,19 @@ def test_a_damaged_result_is_not_kept(
     runs: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, _ = runs
+    transfer = derived.transfer
 
-    def write_and_damage(folder: Path, *arguments: Any) -> None:
-        stream_core(folder, *arguments)
-        path = folder / "__0_0.distcp"
+    def write_and_damage(sink: CoreSink, *arguments: Any) -> dict[str, str]:
+        digests = transfer(sink, *arguments)
+        (path,) = sink.paths()
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 255
         path.write_bytes(content)
+        return digests
 
-    monkeypatch.setattr(derived, "stream_core", write_and_damage)
+    monkeypatch.setattr(derived, "transfer", write_and_damage)
     with pytest.raises(Exception, match=r"does not hold what was written|PytorchStreamReader|crc"):
-        average([Source(root / "run1"), Source(root / "run2")], tmp_path / "out")
+        average([Source(root / "run1"), Source(root / "run2")], Output(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
