@@ -16,7 +16,15 @@ from torch import Tensor
 from checkpoints_tools.casts import checked_cast
 from checkpoints_tools.core import CoreCheckpoint
 from checkpoints_tools.core_writer import Beside, CoreSink
-from checkpoints_tools.forms import Reading, add_reading_options, find_form, open_weights, reading_of
+from checkpoints_tools.forms import (
+    Reading,
+    adapted,
+    add_lora_option,
+    add_reading_options,
+    find_form,
+    open_weights,
+    reading_of,
+)
 from checkpoints_tools.journal import PARTIAL_SUFFIX, Journal, begin_output, check_absent, check_room, source_identity
 from checkpoints_tools.models import KINDS, shard_limit
 from checkpoints_tools.released import released_config, write_config
@@ -139,7 +147,7 @@ class Converter:
         # Functions and types by their names: JSON keeps it.
         values = json.loads(json.dumps(options, default=str))
         values["reading"].pop("tell")
-        extra = [self.options.reading.config] if self.options.reading.config else []
+        extra = self.options.reading.files
         return {"command": "convert", "source": source_identity(self.source.origin, *extra), "to": self.to, **values}
 
     def _sink(self, folder: Path) -> CoreSink | SafetensorsSink:
@@ -209,7 +217,7 @@ def _open(path: Path, options: Options) -> tuple[str, Weights]:
     form = find_form(path, options.reading.form).name
     if form != "core":
         raise UserError(f"--ema: {path} is of the form {form}; only megatron-core checkpoints keep averages")
-    return form, CoreCheckpoint(path, averaged=True)
+    return form, adapted(CoreCheckpoint(path, averaged=True), options.reading)
 
 
 def _target(output: Path, source_form: str, options: Options) -> Target:
@@ -258,6 +266,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--dry-run", action="store_true", help="check names, shapes, sizes and room; write nothing")
     command.add_argument("--no-verify", action="store_true", help="do not read the output back")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_lora_option(command)
     add_reading_options(command)
     command.set_defaults(run=_run)
 

@@ -50,6 +50,11 @@ class Reading:
     tell: Tell = _tell
     """Gets a line about everything that was chosen."""
 
+    @property
+    def files(self) -> list[Path]:
+        """What is read beside the weights."""
+        return [*([self.config] if self.config else []), *(AdapterSource.parse(text).path for text in self.loras)]
+
 
 @dataclass(frozen=True)
 class Form:
@@ -186,21 +191,25 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
         help="the optimizer's fp32 weights (default), or the module's as it computed with them",
     )
     group.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[=WEIGHT]",
-        help="merge a PEFT or diffusers adapter into what is read; may be given several times",
-    )
-    group.add_argument(
         TRUST_OPTION,
         action="store_true",
         help="run whatever a .pt file asks for, which can be anything; only for files of people you trust",
     )
 
 
+def add_lora_option(command: argparse.ArgumentParser) -> None:
+    """The option of a command that merges adapters into the weights that it reads."""
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="merge an adapter of PEFT or diffusers, W + WEIGHT * scale * B A; may be given several times",
+    )
+
+
 def reading_of(arguments: argparse.Namespace) -> Reading:
-    """What `add_reading_options` took."""
+    """What `add_reading_options`, and `add_lora_option` where a command has it, took."""
     return Reading(
         form=arguments.form,
         kind=arguments.kind,
@@ -209,5 +218,5 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         ignored=tuple(arguments.ignore),
         trust_pickle=arguments.trust_pickle,
         deepspeed_weights=arguments.deepspeed_weights,
-        loras=tuple(arguments.lora),
+        loras=tuple(getattr(arguments, "lora", [])),
     )
