@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.lock import run_lock
 from megatron_video import __version__
 from megatron_video.errors import UserError
 from megatron_video.files import rename_durably, sync
+from megatron_video.run_lock import run_lock
 from training.checkpoint_files import write_durably
 
 PARTIAL_SUFFIX = ".partial"

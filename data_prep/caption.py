@@ -25,7 +25,6 @@ from data_prep.caption_file import FileCaptioner
 from data_prep.caption_journal import Journal, Key, read_answers, remove_journals
 from data_prep.caption_mix import CaptionMix, captioned
 from data_prep.caption_runner import ask_missing
-from data_prep.lock import LockedError
 from data_prep.parts import output_lock
 from data_prep.stage import (
     StageReport,
@@ -43,6 +42,7 @@ from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.errors import UserError
 from megatron_video.files import file_sha256
 from megatron_video.manifest import read_manifest, table_from_rows, write_manifest
+from megatron_video.run_lock import LockedError
 
 STAGE = "caption"
 BATCH_ROWS = 4096

@@ -26,7 +26,6 @@ from data_prep.devices import find_device
 from data_prep.encode_plan import STAGE, PlannedShard, plan_shards
 from data_prep.encode_shard import DTYPES, EncodeJob, encoders_known, read_encoders, rows_part, write_shard
 from data_prep.encode_workers import Fleet
-from data_prep.lock import LockedError
 from data_prep.shard_folder import claimed
 from data_prep.stage import StageReport, make_report, print_report, stage_parser
 from data_prep.workers import Shard, default_workers, progress
@@ -35,6 +34,7 @@ from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.fingerprint import vae_fingerprint
 from megatron_video.manifest import Row, kept_rows, read_manifest, table_from_rows, write_manifest
+from megatron_video.run_lock import LockedError
 from megatron_video.shard_schema import INFO_FILE, file_sha256, write_atomically
 from megatron_video.shards import finish_dataset, read_info
 from megatron_video.text import text_fingerprint, text_folders

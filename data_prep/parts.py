@@ -18,9 +18,9 @@ from typing import Generic, TypeVar, overload
 import pyarrow as pa
 
 from data_prep.disk import disk_errors
-from data_prep.lock import share_lock
 from data_prep.workers import Shard
 from megatron_video.manifest import Row, read_manifest, table_from_rows, write_manifest
+from megatron_video.run_lock import share_lock
 
 Item = TypeVar("Item")
 
@@ -135,7 +135,8 @@ def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None
         UserError: the folder cannot be written, or the disk is full.
     """
     folder = manifest_out.parent
-    with disk_errors(folder), share_lock(manifest_out.with_name(f".{manifest_out.name}.lock"), manifest_out, shard):
+    lock, share = manifest_out.with_name(f".{manifest_out.name}.lock"), shard.lock_name if shard else None
+    with disk_errors(folder), share_lock(lock, manifest_out, share):
         if shard is None:
             for leftover in folder.glob(f".{manifest_out.name}.*.tmp"):
                 leftover.unlink()

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cli import STAGES
-from data_prep.lock import run_lock
 from data_prep.run_report import StageRun, read_runs, write_run_report
 from data_prep.stage import checked_parser
 from megatron_video.config_io import config_dataclass, load_config
 from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
+from megatron_video.run_lock import run_lock
 
 # Commands of the table that are no step from a manifest to the next.
 _NO_STAGES = ("make-demo-clips", "blend", "run")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.disk import disk_errors
-from data_prep.lock import share_lock
 from data_prep.stage import check_folder, fingerprint_of
 from data_prep.workers import Shard
 from megatron_video.errors import UserError
+from megatron_video.run_lock import share_lock
 from megatron_video.shard_schema import INFO_FILE, NULL_TEXT_FILE, PARTS_FOLDER, write_atomically
 
 LOCK_FILE = ".lock"
@@ -33,7 +33,7 @@ def claimed(folder: Path, stage: str, made_with: Mapping[str, Any], share: Shard
         UserError: another run holds it, it holds something else, or the disk is full (then what is finished stays).
     """
     check_folder(folder, "--out")
-    with disk_errors(folder), share_lock(folder / LOCK_FILE, folder, share):
+    with disk_errors(folder), share_lock(folder / LOCK_FILE, folder, share.lock_name if share else None):
         _claim(folder, stage, made_with, alone=share is None)
         # Half-written files can be told from those that others are writing only by who holds the whole.
         if share is None:

@@ -23,7 +23,6 @@ from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 
-from data_prep.lock import LockedError
 from data_prep.parts import Parts, Selection, TableRows, clear_parts, output_lock
 from data_prep.workers import Execution, Shard, as_execution, default_workers, parallel_map, progress
 from megatron_video.errors import UserError
@@ -37,6 +36,7 @@ from megatron_video.manifest import (
     read_schema,
     write_manifest,
 )
+from megatron_video.run_lock import LockedError
 
 Item = TypeVar("Item")
 

@@ -23,13 +23,13 @@ import torch
 
 from data_prep.encode import MANIFEST_FILE
 from data_prep.encode_shard import rows_part
-from data_prep.lock import run_lock
 from data_prep.shard_folder import LOCK_FILE, PLAN_FILE
 from data_prep.stage import StageParser
 from data_prep.workers import progress
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import read_manifest
+from megatron_video.run_lock import run_lock
 from megatron_video.shard_index_open import is_true
 from megatron_video.shard_schema import (
     INDEX_FILE,

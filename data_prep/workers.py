@@ -45,6 +45,11 @@ class Shard:
         if not 0 <= self.index < self.count:
             raise UserError(f"--shard {self}: I/N needs 0 <= I < N, such as 0/8 to 7/8")
 
+    @property
+    def lock_name(self) -> str:
+        """For run_lock.share_lock."""
+        return f"{self.index}-of-{self.count}"
+
     @classmethod
     def parse(cls, text: str) -> Shard:
         """Read `I/N`.

@@ -24,9 +24,9 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from data_prep.lock import run_lock
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
+from megatron_video.run_lock import run_lock
 from training.telemetry import write_json
 from training.vae_checkpoint import write_model
 from training.vae_clips import TrainingClips

@@ -20,11 +20,11 @@ import torch
 
 from data_prep import cli, demo_clips, encode, run, verify
 from data_prep.encode import EncodeSettings
-from data_prep.lock import run_lock
 from megatron_video.buckets import CropBox, parse_buckets
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import kept_rows, read_manifest, table_from_rows, write_manifest
+from megatron_video.run_lock import run_lock
 from megatron_video.shards import ShardDataset
 from megatron_video.text import TextEncoders, text_folders
 from megatron_video.vae import VAEConfig, VideoVAE, load_vae, save_vae

@@ -12,11 +12,11 @@ import pytest
 from tiny_pipeline import data, make_raw
 
 from data_prep.cli import STAGES
-from data_prep.lock import run_lock
 from data_prep.recipe import Run, plan
 from data_prep.stage import checked_parser
 from megatron_video.errors import UserError
 from megatron_video.manifest import read_manifest
+from megatron_video.run_lock import run_lock
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.lock import LockedError, holder_of, run_lock
 from data_prep.parts import output_lock
 from data_prep.workers import Shard
+from megatron_video.run_lock import LockedError, holder_of, run_lock
 
 HOLD = """
 import sys
 from pathlib import Path
-from data_prep.lock import run_lock
+from megatron_video.run_lock import run_lock
 with run_lock(Path(sys.argv[1]), "out"):
     print("held", flush=True)
     sys.stdin.read()

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from vae_clips_on_disk import vae_config, write_clips
 
-from data_prep.lock import run_lock
 from megatron_video.config_io import load_config
 from megatron_video.errors import UserError
+from megatron_video.run_lock import run_lock
 from megatron_video.vae import load_vae
 from training import train_vae, vae_run
 from training.vae_clips import TrainingClips

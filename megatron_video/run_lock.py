@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from data_prep.workers import Shard
 from megatron_video.errors import FULL_DISK, UserError
 
 
@@ -57,16 +56,16 @@ def run_lock(path: Path, output: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def share_lock(path: Path, output: str | Path, shard: Shard | None) -> Iterator[None]:
-    """`run_lock` of an output, or of one share of it, which others may hold beside it.
+def share_lock(path: Path, output: str | Path, share: str | None) -> Iterator[None]:
+    """`run_lock` of an output, or of one share of it ("3-of-8"), which others may hold beside it.
 
     Raises:
         LockedError: another run holds the same share or the whole, or, for the whole, any share of it.
     """
-    own = path if shard is None else path.with_name(f"{path.name}.{shard.index}-of-{shard.count}")
+    own = path if share is None else path.with_name(f"{path.name}.{share}")
     with run_lock(own, output):
         # Own lock first, then a look at the others: two that start at once may both be refused, but never both run.
-        others = [path] if shard else sorted(path.parent.glob(f"{path.name}.*-of-*"))
+        others = [path] if share else sorted(path.parent.glob(f"{path.name}.*-of-*"))
         for other in others:
             holder = holder_of(other)
             if holder:
