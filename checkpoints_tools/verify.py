@@ -8,10 +8,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoints_tools.journal import PARTIAL_SUFFIX
 from megatron_video.errors import UserError
 from training.checkpoint_disk import GIGABYTE
-from training.checkpoint_files import STATE_FILE, StoredFile, find_flip, read_state_values
+from training.checkpoint_files import (
+    DELETING_SUFFIX,
+    REPLACED_SUFFIX,
+    STATE_FILE,
+    WRITING_SUFFIX,
+    StoredFile,
+    find_flip,
+    read_state_values,
+)
 from training.checkpoint_folders import step_folders
+
+# What stands behind the name of a folder that is being written, or was when its writer was killed.
+UNFINISHED = (WRITING_SUFFIX, REPLACED_SUFFIX, DELETING_SUFFIX, PARTIAL_SUFFIX)
 
 
 @dataclass
@@ -22,9 +34,13 @@ class Verdict:
     files: int = 0
     bytes: int = 0
     faults: list[str] = field(default_factory=list)
-    """One for every file that is missing, of another size, changed or unreadable; empty: the checkpoint is whole."""
+    """Everything that is wrong; empty: the checkpoint is whole."""
     without_checksum: list[str] = field(default_factory=list)
     """Files of which only the size is known: versions before checksums wrote them."""
+    tensors: int = 0
+    """Read, and looked through for NaN and infinite values."""
+    values: int = 0
+    """In them."""
 
     @property
     def whole(self) -> bool:
@@ -40,7 +56,7 @@ def checkpoints_of(path: Path, every: bool) -> list[Path]:
     """
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a run folder or one of its checkpoints/step_... folders")
-    if (path / STATE_FILE).exists() or path.name.startswith("step_"):
+    if (path / STATE_FILE).exists() or path.name.startswith("step_") or path.suffix in UNFINISHED:
         return [path]
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = step_folders(root)
@@ -57,16 +73,7 @@ def verify(folder: Path, threads: int = 4, tell: Callable[[str], None] = lambda 
         threads: files that are read at the same time.
         tell: gets a line about the progress, about once a second.
     """
-    verdict = Verdict(str(folder))
-    if not (folder / STATE_FILE).is_file():
-        verdict.faults.append(f"{STATE_FILE} is missing")
-        return verdict
-    try:
-        _, files = read_state_values(folder)
-    except ValueError as error:
-        verdict.faults.append(str(error))
-        return verdict
-    verdict.without_checksum = sorted(name for name, file in files.items() if file.crc32 is None)
+    verdict, files = _recorded(folder)
     meter = _Meter(folder, files, tell)
     # zlib and reading run outside Python's lock.
     with ThreadPoolExecutor(threads) as pool:
@@ -80,14 +87,42 @@ def verify(folder: Path, threads: int = 4, tell: Callable[[str], None] = lambda 
     return verdict
 
 
+def verify_sizes(folder: Path) -> Verdict:
+    """Look for files that are missing or of another size, and read none of them."""
+    verdict, files = _recorded(folder)
+    verdict.faults += [fault for name, file in files.items() if (fault := _size_fault(folder, name, file))]
+    return verdict
+
+
+def unfinished_fault(folder: Path) -> str:
+    """Of a folder whose name ends in one of UNFINISHED."""
+    return f"its writing was interrupted, or its deletion ({folder.suffix}): it is no checkpoint yet, or no more"
+
+
+def _recorded(folder: Path) -> tuple[Verdict, dict[str, StoredFile]]:
+    verdict = Verdict(str(folder))
+    if not (folder / STATE_FILE).is_file():
+        verdict.faults.append(f"{STATE_FILE} is missing")
+        return verdict, {}
+    try:
+        _, files = read_state_values(folder)
+    except ValueError as error:
+        verdict.faults.append(str(error))
+        return verdict, {}
+    verdict.without_checksum = sorted(name for name, file in files.items() if file.crc32 is None)
+    return verdict, files
+
+
 def _fault(folder: Path, name: str, file: StoredFile) -> str | None:
+    return _size_fault(folder, name, file) or find_flip(folder, [name])
+
+
+def _size_fault(folder: Path, name: str, file: StoredFile) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
     found = path.stat().st_size
-    if found != file.size:
-        return f"{name} has {found} bytes, written were {file.size}"
-    return find_flip(folder, [name])
+    return None if found == file.size else f"{name} has {found} bytes, written were {file.size}"
 
 
 class _Meter:

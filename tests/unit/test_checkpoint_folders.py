@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_tools.cli import main as checkpoint_tools
-from megatron_video.cli import run_command
+from checkpoints_tools.verify import checkpoints_of, verify
 from megatron_video.config_io import load_config, save_config
 from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
@@ -229,31 +228,22 @@ def test_what_a_killed_job_left_is_put_right(run_dir: Path) -> None:
     assert find_checkpoint(run_dir) == step_folder(run_dir, 20)
 
 
-def verify_command(*arguments: str) -> int:
-    return run_command(checkpoint_tools, ["verify", *arguments])
-
-
-def test_verify_names_every_file_that_is_wrong(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify_command(str(run_dir), "--all") == 0
-    shown = capsys.readouterr()
-    assert shown.out.count("whole") == 2
-    assert "step_00000020: 2/2 files, 0.000 of 0.000 GB" in shown.err
+def test_every_file_that_is_wrong_is_named(run_dir: Path) -> None:
+    told: list[str] = []
+    assert all(verify(folder, tell=told.append).whole for folder in checkpoints_of(run_dir, every=True))
+    assert told[-1].startswith("step_00000020: 2/2 files, 0.000 of 0.000 GB")
     older = step_folder(run_dir, 10)
     flip(older / DATA_FILE)
     (older / "config.yaml").unlink()
-    assert verify_command(str(run_dir)) == 0  # the newest alone
-    capsys.readouterr()
-    assert verify_command(str(run_dir), "--all", "--json") == 1
-    damaged, whole = json.loads(capsys.readouterr().out)
-    assert (damaged["folder"], whole["faults"]) == (str(older), [])
-    assert [fault.split()[:3] for fault in damaged["faults"]] == [
+    assert [verify(folder).whole for folder in checkpoints_of(run_dir, every=False)] == [True]
+    damaged, whole = (verify(folder) for folder in checkpoints_of(run_dir, every=True))
+    assert (damaged.folder, whole.faults) == (str(older), [])
+    assert [fault.split()[:3] for fault in damaged.faults] == [
         [DATA_FILE, "has", "checksum"],
         ["config.yaml", "is", "missing"],
     ]
-    assert verify_command(str(older)) == 1
-    assert "DAMAGED" in capsys.readouterr().out
 
 
-def test_verify_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify_command(str(tmp_path)) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+def test_verify_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoints_of(tmp_path, every=False)
