@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import average_gain
 import balance_bench
 import block_bench
 import checkpoint_bench
@@ -111,3 +112,22 @@ def test_checkpoint_bench_saves_both_ways(tmp_path: Path, capsys: pytest.Capture
     assert summary["share"] == blocked["asynchronous"] / blocked["synchronous"]
     assert summary["gigabytes"]["synchronous"] == pytest.approx(summary["gigabytes"]["asynchronous"], rel=1e-3)
     assert "target below 5%" in capsys.readouterr().out
+
+
+@pytest.mark.heavy
+def test_average_gain_judges_every_average(tmp_path: Path) -> None:
+    file, page = tmp_path / "average_gain.json", tmp_path / "average.md"
+    sizes = "--steps 32 --every 2 --seeds 1 --layers 1 --learning-rate 1e-3"
+    average_gain.main([*sizes.split(), "--out", str(file), "--page", str(page)])
+    content = read(file)
+    ways = {row["way"] for row in content["summary"]["table"]}
+    assert ways == {"EMA kept by the run", "mean of last n", "EMA from weights", "EMA from stored EMAs"}
+    errors = [row["error"] for row in content["rows"] if "error" in row]
+    assert sorted(errors) == errors
+    kept, rebuilt = (
+        next(row["loss"] for row in content["rows"] if (row["kind"], row["what"]) == (kind, 0.98))
+        for kind in ("EMA kept by the run", "EMA from weights")
+    )
+    assert rebuilt == pytest.approx(kept, rel=1e-2)
+    assert "mean of the last 8" in page.read_text()
+    assert page.with_suffix(".png").stat().st_size > 10_000
