@@ -253,9 +253,8 @@ def model_files(folder: Path, trust_pickle: bool) -> list[RankFile]:
 
 def _ranked(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     """The files of a kind in the order of their ranks."""
-    found = sorted(
-        (match[2], int(match[1] or 0), file) for file in folder.iterdir() if (match := pattern.fullmatch(file.name))
-    )
+    files = folder.iterdir() if folder.is_dir() else []
+    found = sorted((match[2], int(match[1] or 0), file) for file in files if (match := pattern.fullmatch(file.name)))
     parallel = sorted({rank for rank, _, _ in found})
     if len(parallel) > 1:
         raise UserError(

@@ -164,14 +164,16 @@ def find_model(origin: Path, config: Path | None, tell: Tell) -> Model:
     Raises:
         UserError: there is none, or it is of no known model.
     """
+    if config is not None and not config.is_file():
+        raise UserError(f"--config {config} is not there")
     folders = [origin, origin.parent] if origin.is_dir() else [origin.parent]
     places = [folder / name for folder in folders for name in (CONFIG_FILE, YAML_FILE)]
     found = config or next((place for place in places if place.is_file()), None)
-    if found is None or not found.is_file():
-        looked = str(config) if config else ", ".join(map(str, places))
+    if found is None:
         raise UserError(
-            f"{origin} does not say what model it is of, and there is no {looked}: give --config FILE, the released "
-            f"{CONFIG_FILE}, or a YAML file with the section {' or '.join(kind.section for kind in KINDS.values())}"
+            f"{origin} does not say what model it is of, and there is no {', '.join(map(str, places))}: give --config "
+            f"FILE, the released {CONFIG_FILE}, or a YAML file with the section "
+            + " or ".join(kind.section for kind in KINDS.values())
         )
     if config is None:
         tell(f"{origin}: sizes from {found}")

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from foreign_models import assert_holds, released_weights, tiny_dit, write_config
 from torch import Tensor
 
-from checkpoints_tools.forms import Reading, find_form, open_weights
+from checkpoints_tools.forms import FORMS, Reading, find_form, open_weights
 from checkpoints_tools.torch_files import TorchFile
 from megatron_video.errors import UserError
 
@@ -234,7 +234,7 @@ def test_sizes_come_from_a_named_file_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*config\.json.*: give --config FILE"):
         open_weights(path)
     assert_holds(open_weights(path, Reading(config=write_config(away))), weights)
-    with pytest.raises(UserError, match=r"there is no .*none\.yaml"):
+    with pytest.raises(UserError, match=r"--config .*none\.yaml is not there"):
         open_weights(path, Reading(config=away / "none.yaml"))
     (away / "other.yaml").write_text("lr: 1\n")
     with pytest.raises(UserError, match="must have one of the sections model, vae"):
@@ -263,7 +263,10 @@ def test_the_metadata_of_a_distributed_checkpoint_runs_nothing(folder: Path) -> 
 def test_what_is_in_no_form_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match=r"no form that is known.*latest.*\.metadata.*safetensors.*train_state\.json.*\*\.pt.*--form"):
+        with pytest.raises(
+            UserError,
+            match=r"no form that is known.*latest.*\.metadata.*safetensors.*train_state\.json.*\*\.pt.*--form",
+        ):
             open_weights(path)
     with pytest.raises(UserError, match=r"none\.pt is not there"):
         open_weights(tmp_path / "none.pt")
@@ -272,3 +275,18 @@ def test_what_is_in_no_form_is_refused_with_what_was_looked_for(tmp_path: Path) 
     with pytest.raises(UserError, match="no form that is known"):
         open_weights(plain)
     assert_holds(open_weights(plain, Reading(form="torch")), released_weights())
+
+
+@pytest.mark.parametrize("form", [form.name for form in FORMS])
+@pytest.mark.parametrize("content", ["folder", "file", "pointers"])
+def test_a_path_that_is_not_of_the_form_it_is_said_to_be_is_refused(folder: Path, form: str, content: str) -> None:
+    path = folder / content
+    if content == "file":
+        path.write_bytes(b"no weights")
+    else:
+        path.mkdir()
+    if content == "pointers":
+        (path / "latest").write_bytes(b"\xff\x00")
+        (path / "latest_universal").write_text("global_step9")
+    with pytest.raises(UserError, match=content):
+        open_weights(path, Reading(form=form))
