@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_elastic_runs import consumed, curve
+from test_elastic_runs import run as train
+from tiny_shards import write_tiny_shards
 
 from checkpoints_tools import cli, transfer
 from checkpoints_tools.core_contents import CoreContents
@@ -27,7 +30,7 @@ from training.layout_matrix.compare import QUANTITIES, assemble
 from training.layout_matrix.runner import ONE_PROCESS
 from training.layout_matrix.table import LAYOUTS, STEPS, LayoutCase, Workload
 from training.layout_matrix.worker import Report, build
-from training.local_ranks import RankPool
+from training.local_ranks import RankError, RankPool
 
 pytestmark = pytest.mark.distributed
 BY_NAME = {case.name: case for case in (ONE_PROCESS, *LAYOUTS)}
@@ -67,6 +70,24 @@ def test_a_run_goes_on_from_it_as_from_the_source(name: str, source: Path, ranks
         assert ours.keys() == theirs.keys()
         for tensor, value in theirs.items():
             np.testing.assert_array_equal(ours[tensor], value, err_msg=f"{quantity} of {tensor}")
+
+
+@pytest.mark.heavy
+def test_training_goes_on_with_the_same_samples_and_losses(ranks: RankPool, tmp_path: Path) -> None:
+    shards, plain, cut = write_tiny_shards(tmp_path), tmp_path / "plain", tmp_path / "cut"
+    train(ranks, shards, plain, 2, 2)
+    shutil.copytree(plain, cut)
+    shutil.rmtree(step_folder(cut, 2))
+    reshard(step_folder(plain, 2), step_folder(cut, 2), Target(tensor=2, pipeline=2))
+    for folder in (plain, cut):
+        train(ranks, shards, folder, 2, 4)
+    assert curve(cut) == curve(plain)
+    assert sorted(consumed(cut)) == sorted(consumed(plain))
+    assert {step for step, *_ in consumed(cut)} == {0, 1, 2, 3}
+    # Without its optimizer's state the newest refuses to be gone on from.
+    list(prune_in_place(step_folder(cut, 4), Selection(optimizer=False)))
+    with pytest.raises(RankError, match="step_00000004 holds no optimizer state"):
+        train(ranks, shards, cut, 2, 6)
 
 
 def test_all_of_it_is_carried_and_lies_as_the_layout_cuts_it(source: Path, tmp_path: Path) -> None:
