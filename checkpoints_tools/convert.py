@@ -27,9 +27,9 @@ from checkpoints_tools.forms import (
 )
 from checkpoints_tools.journal import PARTIAL_SUFFIX, Journal, begin_output, check_absent, check_room, source_identity
 from checkpoints_tools.models import KINDS, shard_limit
-from checkpoints_tools.released import released_config, write_config
+from checkpoints_tools.released import CONFIG_KEY, released_config, write_config
 from checkpoints_tools.released_config import is_same_model
-from checkpoints_tools.safetensors_files import GIGABYTE, SUFFIX, SafetensorsFiles, SafetensorsSink
+from checkpoints_tools.safetensors_files import GIGABYTE, SUFFIX, SafetensorsSink
 from checkpoints_tools.transfer import transfer, verify_digests
 from checkpoints_tools.weights import Weights, check_tensors, is_finite, total_digest
 from megatron_video.errors import UserError
@@ -156,8 +156,10 @@ class Converter:
         kind, names = KINDS[self.model.kind], self.model.released
         stem = self.output.name.removesuffix(SUFFIX) if self.to == "file" else kind.stem
         limit = None if self.to == "file" else shard_limit(kind, self.options.shard_bytes)
+        # One file alone has no config.json beside it.
+        metadata = {CONFIG_KEY: released_config(self.model, self.templates)} if self.to == "file" else {}
         # In the released order, so that the files are cut where the released ones are.
-        return SafetensorsSink(folder, {name: self.templates[name] for name in names}, stem, limit, names)
+        return SafetensorsSink(folder, {name: self.templates[name] for name in names}, stem, limit, names, metadata)
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self.source.tensor(name)
@@ -171,11 +173,7 @@ class Converter:
         return checked_cast(tensor, self.templates[name].dtype, name, where, self.options.allow_lossy)
 
     def _verify(self, journal: Journal, digests: Mapping[str, str], files: Sequence[Path]) -> None:
-        if self.to == "file":
-            stored = SafetensorsFiles([journal.folder / self.output.name])
-            verify_digests(lambda name: stored.tensor(self.model.released[name]), digests, files)
-            return
-        written = open_weights(journal.folder)
+        written = open_weights(journal.folder / self.output.name if self.to == "file" else journal.folder)
         check_tensors(written)
         if not is_same_model(written.model, self.model):
             raise UserError(f"verification failed: {written.origin} says that it holds another model; it was not kept")

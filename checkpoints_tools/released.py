@@ -15,6 +15,7 @@ from checkpoints_tools.released_config import (
     CONFIG_FILE,
     build_sizes,
     config_text,
+    parse_values,
     read_values,
     recognise,
     released_values,
@@ -33,6 +34,8 @@ from megatron_video.errors import UserError
 
 GIGABYTE = 1_000_000_000
 PIPELINE_FILE = "model_index.json"
+# In the header of a file that is to stand alone: the text of its config.json.
+CONFIG_KEY = "config.json"
 PICKLED_FILE = "pytorch_model.bin"
 # The released CLIP keeps its weights and its tokenizer in two folders beside each other.
 CLIP_MODEL_FOLDER = "clip_text_encoder"
@@ -59,7 +62,7 @@ class ReleasedFolder:
 
     Args:
         path: folder with config.json and weights (safetensors, or CLIP's pytorch_model.bin), or a safetensors file.
-            Without config.json beside it, what is there is taken to have the released sizes.
+            Without config.json beside it or in the file, what is there is taken to have the released sizes.
         kind: key in KINDS; None: found out by config.json or the tensors' names.
         config: config.json that lies elsewhere.
         tell: gets a line about what was assumed and what is left out.
@@ -74,8 +77,8 @@ class ReleasedFolder:
         self._path = path
         folder = _model_folder(path)
         config_file = config or (folder if folder.is_dir() else folder.parent) / CONFIG_FILE
-        values = read_values(config_file) if config_file.is_file() else None
         self._files = _open_files(folder, KINDS[kind].stem if kind else None)
+        values = _read_sizes(config_file, config is not None, self._files)
         key = kind or recognise(values, self._files.templates, path)
         parts = _parts(KINDS[key], self._files.templates)
         self.model = _model(KINDS[key], values, parts, config_file, tell)
@@ -199,6 +202,16 @@ def _open_files(path: Path, stem: str | None) -> _Stored:
     return SafetensorsFiles(find_weight_files(path, found[0] if found else None))
 
 
+def _read_sizes(config_file: Path, is_asked_for: bool, files: _Stored) -> dict[str, Any] | None:
+    """Of a file that is asked for, else of a file's own header, else of the file beside it; None: nothing says them."""
+    own = files.metadata.get(CONFIG_KEY) if isinstance(files, SafetensorsFiles) else None
+    if own is not None and not is_asked_for:
+        return parse_values(own, f"{CONFIG_KEY} in the header of the weights in {config_file.parent}")
+    if is_asked_for or config_file.is_file():
+        return read_values(config_file)
+    return None
+
+
 def _parts(kind: Kind, names: Iterable[str]) -> dict[str, str]:
     """Name after the prefix -> stored name, without what is known to be no part of the model."""
     prefix = kind.prefix if any(name.startswith(kind.prefix) for name in names) else ""
@@ -208,12 +221,12 @@ def _parts(kind: Kind, names: Iterable[str]) -> dict[str, str]:
 
 def _model(kind: Kind, values: Mapping[str, Any] | None, parts: Iterable[str], config_file: Path, tell: Tell) -> Model:
     if values is None:
-        tell(f"no {config_file}: taken to be a {kind.title} of the released sizes")
+        tell(f"no {config_file}: taken to be a {kind.title} of the released sizes (--config FILE says others)")
         there = set(parts)
         return kind.build(kind.config(**{name: tensor in there for name, tensor in kind.optional.items()}))
     unknown = [] if kind.fields.closed else unknown_fields(kind, values)
     if unknown:
-        tell(f"{config_file}: {len(unknown)} fields left out, of which nothing is known: {_some(unknown)}")
+        tell(f"{config_file}: left out: fields of which nothing is known here: {_some(unknown)}")
     return kind.build(build_sizes(kind, values, parts, str(config_file)))
 
 

@@ -19,14 +19,26 @@ def read_values(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file.
 
     Raises:
+        UserError: it cannot be read, is not JSON, or no mapping.
+    """
+    try:
+        return parse_values(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def parse_values(text: str, origin: str) -> dict[str, Any]:
+    """The mapping in a JSON text; `origin` names it in errors.
+
+    Raises:
         UserError: not JSON, or no mapping.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{origin} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, not an object of fields")
+        raise UserError(f"{origin} holds a {type(values).__name__}, not an object of fields")
     return values
 
 

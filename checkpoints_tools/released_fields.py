@@ -144,6 +144,7 @@ LLM_FIELDS = ReleasedFields(
     ),
     own=("caption_max_length",),
     fixed={"embedding_weights_in_fp32": False, "fp32_residual_connection": False, "attention_impl": "GQA"},
+    implied={"model_type": "step1"},
     written={
         "allow_transformer_engine": False,
         "architectures": ["Step1Model"],

@@ -57,8 +57,12 @@ class SafetensorsFiles:
             UserError: a file that is not safetensors or was cut off; a tensor that two files hold.
         """
         self._places: dict[str, _Place] = {}
+        self.metadata: dict[str, str] = {}
+        """What the files' headers say beside the tensors."""
         for path in paths:
-            for name, place in _places(path).items():
+            places, metadata = _read_header(path)
+            self.metadata |= metadata
+            for name, place in places.items():
                 if name in self._places:
                     raise UserError(f"{name} is in {self._places[name].path} and in {path}; give one of them alone")
                 self._places[name] = place
@@ -133,14 +137,14 @@ def _indexed_files(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
-    found = {tensor: name for name in names for tensor in _places(index.parent / name)}
+    found = {tensor: name for name in names for tensor in _read_header(index.parent / name)[0]}
     wrong = sorted(tensor for tensor in {*found, *weight_map} if found.get(tensor) != weight_map.get(tensor))
     if wrong:
         raise UserError(f"{index} and its files disagree on where these are: {', '.join(wrong[:5])}")
     return [index.parent / name for name in names]
 
 
-def _places(path: Path) -> dict[str, _Place]:
+def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
     try:
         # The library checks the whole header, also against the file's length; it does not tell where tensors lie.
         with safe_open(path, framework="pt"), open(path, "rb") as file:
@@ -148,11 +152,11 @@ def _places(path: Path) -> dict[str, _Place]:
             header: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    header.pop("__metadata__", None)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
     unknown = [f"{name} {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in DTYPES]
     if unknown:
         raise UserError(f"{path} holds types that are not known here: {', '.join(unknown[:5])}")
-    return {
+    places = {
         name: _Place(
             path,
             torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta"),
@@ -160,6 +164,7 @@ def _places(path: Path) -> dict[str, _Place]:
         )
         for name, entry in header.items()
     }
+    return places, metadata
 
 
 def plan_files(templates: Mapping[str, Tensor], stem: str, file_bytes: int | None) -> dict[str, list[str]]:
@@ -193,6 +198,7 @@ class SafetensorsSink(FileSet):
         stem: str,
         file_bytes: int | None,
         stored_names: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Plan the files; see `plan_files`.
 
@@ -202,6 +208,7 @@ class SafetensorsSink(FileSet):
             stem: of the files' names.
             file_bytes: largest file; None: one file.
             stored_names: name -> name in the files; None: the same.
+            metadata: what the headers say beside the tensors.
 
         Raises:
             UserError: a type that safetensors has not.
@@ -210,7 +217,7 @@ class SafetensorsSink(FileSet):
         unknown = [f"{name} {each.dtype}" for name, each in templates.items() if each.dtype not in _NAMES]
         if unknown:
             raise UserError(f"safetensors files cannot hold {', '.join(unknown[:5])}")
-        self._stem, self._templates = stem, templates
+        self._stem, self._templates, self._metadata = stem, templates, metadata or {}
         self._stored_names = stored_names or {name: name for name in templates}
         # Widest types first, so that every tensor starts at a multiple of its element size.
         self._contents = {
@@ -235,7 +242,8 @@ class SafetensorsSink(FileSet):
         content = self._contents[file_name]
         file = self.file(file_name)
         if content[0] == name:
-            file.write(_header({self._stored_names[each]: self._templates[each] for each in content}))
+            templates = {self._stored_names[each]: self._templates[each] for each in content}
+            file.write(_header(templates, self._metadata))
         file.write(tensor_bytes(tensor.contiguous()))
         if content[-1] == name:
             self.end(file_name)
@@ -249,8 +257,8 @@ class SafetensorsSink(FileSet):
         self.end_all()
 
 
-def _header(templates: Mapping[str, Tensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(templates: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0
     for name, template in templates.items():
         end = start + template.nbytes

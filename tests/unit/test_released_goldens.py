@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_cases.dit import ABSOLUTE_FP32, assert_close, read_inputs
 from golden_files import GoldenCase, find_golden_cases
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints_tools import cli
@@ -94,3 +94,18 @@ def test_other_models_compute_the_recorded_output_after_conversion(kind: str, tm
     assert all(digest(returned[name]) == digest(recorded[name]) for name in recorded)
     for case in cases:
         run_case(case, module, returned)
+
+
+@pytest.mark.parametrize("name", ["dit_patch2_h3d16", "stepllm_h6g2"])
+def test_one_file_alone_and_bf16_come_back(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    write = golden_released.write_dit if name in DITS else golden_released.write_llm
+    released = write(case, tmp_path / "in")
+    for file in released.glob("*.safetensors"):
+        save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file)
+    core, _ = round_trip(released, tmp_path)
+    file = convert(core, tmp_path / "alone.safetensors")
+    first, second = CoreCheckpoint(core), CoreCheckpoint(convert(file, tmp_path / "core_again"))
+    assert first.model == second.model
+    assert {template.dtype for template in second.templates.values()} == {torch.bfloat16}
+    assert all(digest(first.tensor(each)) == digest(second.tensor(each)) for each in first.model.shapes)
