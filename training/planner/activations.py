@@ -59,6 +59,12 @@ TEXT_TOKEN = (
     Kept("text key normalised", "cross_attention", heads=1, plain_only=True),
     Kept("text key weighted; deviation", "cross_attention", heads=1, head_statistics=1),
 )
+# Beside these, where context-parallel ranks exchange: what attention is given and gives is another tensor than the
+# projections' own.
+_EXCHANGED = (
+    Kept("value after the all-to-all", "core_attn", heads=1),
+    Kept("attention output before the all-to-all back", "core_attn", heads=1),
+)
 # Widths a sample: six modulations, and 1 + scale of two.
 _MODULATION = 8
 # Widths a token in the output head: its input, normalised, modulated.
@@ -86,7 +92,7 @@ def kept_bytes(
     modulation = _MODULATION * shape.hidden_size * batch.samples * width
     return modulation + sum(
         count * _row_bytes(row, shape, parallel, width)
-        for count, table in ((tokens, VIDEO_TOKEN), (texts, TEXT_TOKEN))
+        for count, table in ((tokens, (*VIDEO_TOKEN, *_exchanged(parallel))), (texts, TEXT_TOKEN))
         for row in table
         if row.branch not in spared and not (fused and row.plain_only)
     )
@@ -111,6 +117,15 @@ def text_bytes(shape: ModelShape, batch: MicroBatch, width: int = BYTES["bf16"])
     """Bytes of the projected text, which all blocks share, and of what its projection keeps."""
     widths = 4 * shape.hidden_size + shape.llm_channels + (shape.clip_channels or 0)
     return width * batch.samples * batch.text_tokens * widths
+
+
+def _exchanged(parallel: ParallelConfig) -> tuple[Kept, ...]:
+    ranks = parallel.context_parallel_size
+    if ranks == 1 or parallel.cp_comm_type == "p2p":  # a ring keeps this rank's keys and values only
+        return ()
+    if parallel.cp_comm_type == "all_gather":
+        return (Kept("keys and values of all ranks, for this rank's keys", "core_attn", heads=2 * ranks - 1),)
+    return _EXCHANGED
 
 
 def _row_bytes(row: Kept, shape: ModelShape, parallel: ParallelConfig, width: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from training.planner.activations import checkpoint_bytes, head_bytes, kept_bytes, text_bytes
@@ -35,7 +34,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Sum of the parts."""
-        return sum(self.by_part().values())
+        return sum(vars(self).values())
 
     @property
     def model_state(self) -> float:
@@ -44,7 +43,7 @@ class Memory:
 
     def by_part(self) -> dict[str, float]:
         """Every part under its name, in bytes."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     def in_gib(self) -> dict[str, float]:
         """The same in GiB."""

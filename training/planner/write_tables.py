@@ -10,8 +10,8 @@ from training.planner.tables import paper_claims, published_speeds, table_2
 OUT = Path(__file__).parents[2] / "docs" / "planner" / "tables.md"
 _HEAD = "# The planner beside published figures\n\nWritten by `python -m training.planner.write_tables`."
 _FITTED = (
-    "Rows with an entry under `fitted` were used to fit that constant (`training/planner/fit.py`); the others are checked "
-    "against."
+    "Rows with an entry under `fitted` were used to fit that constant (`training/planner/fit.py`); the others are "
+    "checked against."
 )
 
 
