@@ -102,7 +102,7 @@ def run_lines(path: Path) -> list[str]:
         f"unfinished: {name} (a killed job left it; a run removes it when it starts)" for name in unfinished(path)
     ]
     named, newest = _latest(path), next((Path(each.path).name for each in listed if each.newest), None)
-    if named != newest:
+    if named is not None and named != newest:
         lines.append(f"the file `{LATEST_FILE}` names {named}; runs go by the folders")
     return lines
 

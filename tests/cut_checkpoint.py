@@ -45,15 +45,17 @@ def make_tensors(
     }
 
 
-def write_cut_checkpoint(folder: Path, tensors: Mapping[str, Tensor], ranks: int = 2, model: DiTConfig = MODEL) -> Path:
-    """Write `folder` as the checkpoint of step 7, cut over tensor-parallel ranks; what is in it, its names say."""
+def write_cut_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], ranks: int = 2, model: DiTConfig = MODEL, step: int = STEP
+) -> Path:
+    """Write `folder` as a checkpoint, cut over tensor-parallel ranks; what is in it, the names of `tensors` say."""
     averages, optimizer = (any(name.startswith(prefix) for name in tensors) for prefix in ("ema.", "optimizer."))
     folder.mkdir(parents=True)
     pieces = {
         f"{name} {i}": piece for name, tensor in tensors.items() for i, piece in enumerate(_cut(name, tensor, ranks))
     }
     with one_process():
-        state = {"model": pieces, **({"optimizer updates": STEP} if optimizer else {})}
+        state = {"model": pieces, **({"optimizer updates": step} if optimizer else {})}
         dist_checkpointing.save(state, str(folder), sharded_strategy=InProcessStrategy())
     config = PretrainConfig(
         run=RunConfig(output_dir=str(folder.parent)),
@@ -63,7 +65,7 @@ def write_cut_checkpoint(folder: Path, tensors: Mapping[str, Tensor], ranks: int
         parallel=ParallelConfig(tensor_model_parallel_size=ranks),
     )
     save_config(config, folder / CONFIG_FILE)
-    sign(folder, averages)
+    sign(folder, averages, step)
     return folder
 
 
@@ -78,10 +80,10 @@ def write_released_form(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     return folder
 
 
-def sign(folder: Path, averages: bool = True) -> None:
+def sign(folder: Path, averages: bool = True, step: int = STEP) -> None:
     """Write train_state.json anew for the files as they are now: damage that no checksum shows."""
     state = TrainState(
-        step=STEP,
+        step=step,
         averages_weights=averages,
         consumed_samples={"17x48x48": 56},
         encoders={"vae": "af01", "text": "be02"},
