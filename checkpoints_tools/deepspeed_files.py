@@ -152,7 +152,7 @@ class DeepSpeedCheckpoint:
         buffers = [file.buffers(self.stage) for file in self._optimizers]
         trained = _by_parameter if self.stage == 3 else _by_partition
         found |= dict(trained(self._models[0], self._optimizers[0], buffers))
-        for name, other in self._models[0].get("shared_params").items():
+        for name, other in (self._models[0].find("shared_params") or {}).items():
             found[name] = found[other]
         return found
 
@@ -269,8 +269,8 @@ def untrained(models: Sequence[RankFile]) -> dict[str, StoredTensor | Pieces]:
     found: dict[str, StoredTensor | Pieces] = {
         name: stored for name, stored in models[0].get("module").items() if 0 not in stored.shape
     }
-    shapes = models[0].get("frozen_param_shapes") or {}
-    parts = [file.get("frozen_param_fragments") or {} for file in models]
+    shapes = models[0].find("frozen_param_shapes") or {}
+    parts = [file.find("frozen_param_fragments") or {} for file in models]
     # Under ZeRO 3 a fragment is a rank's part; under 1 and 2 it is the whole.
     return found | {name: _pieces(shape, [_whole(part[name]) for part in parts]) for name, shape in shapes.items()}
 

@@ -48,7 +48,7 @@ class UniversalCheckpoint:
             raise UserError(f"{self.origin} lacks {', '.join(f'{_PARAMETERS}/{n}/{_WEIGHT}' for n in missing[:5])}")
         self._stored = untrained(models)
         self._stored |= {name: self._parameter(folder / _WEIGHT, shapes.get(name)) for name, folder in folders.items()}
-        for name, other in models[0].get("shared_params").items():
+        for name, other in (models[0].find("shared_params") or {}).items():
             self._stored[name] = self._stored[other]
         refuse_mixed_steps(self.origin, self._steps(folders))
 

@@ -73,6 +73,8 @@ class ForeignWeights:
             raise UserError(f"{stored.origin} holds tensors twice, with and without {', '.join(WRAPPERS)}")
         self._prefix = self._chosen(names, key)
         self._stored = self._renamed(_inside(names, self._prefix, self._counts(names)), ignored)
+        templates = stored.templates
+        self._templates = {ours: templates[name] for ours, name in self._stored.items()}
         if self._prefix or any(cleaned != name for cleaned, name in names.items()):
             wrappers = [wrapper for wrapper in WRAPPERS if any(wrapper in name for name in names.values())]
             shown = ", ".join([*([f"{self._prefix}."] if self._prefix else []), *wrappers])
@@ -91,8 +93,7 @@ class ForeignWeights:
     @property
     def templates(self) -> Mapping[str, Tensor]:
         """Our name -> shape and dtype."""
-        templates = self._tensors.templates
-        return {ours: templates[stored] for ours, stored in self._stored.items()}
+        return self._templates
 
     def stored_name(self, name: str) -> str:
         """The name there; of a tensor that is missing, the released one."""
