@@ -215,6 +215,12 @@ def test_links_of_collectives() -> None:
     assert cluster.exchange_seconds(8e9, 8, 1) == pytest.approx(7e9 / 100e9)
     assert cluster.exchange_seconds(8e9, 8, 4) == pytest.approx(6e9 / 10e9)
     assert cluster.gather_seconds(8e9, 1, 8) == 0
+    # Ranks 6, 8 and 10 of groups of three are in two nodes.
+    assert cluster.gather_seconds(9e9, 3, 2) == pytest.approx(6e9 / 10e9)
+    assert cluster.send_seconds(1e9, 2, 4) == pytest.approx(1e9 / 100e9)
+    assert cluster.send_seconds(1e9, 4, 4) == pytest.approx(1e9 / 10e9)
+    # NVLink of 72 GPUs, of which a job has 32.
+    assert replace(cluster, gpus=32, gpus_per_node=72).gather_seconds(32e9, 32, 1) == pytest.approx(31e9 / 100e9)
 
 
 def test_tensor_and_context_parallel_ranks_share_the_work() -> None:

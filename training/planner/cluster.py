@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -134,6 +135,7 @@ class Cluster:
         A ring enters and leaves each node once, over the network cards of all members there.
         """
         inside = self._members_in_node(ranks, stride)
+        # Over all members: what one of them has to receive, and pass on.
         moved = total_bytes * (ranks - 1) / ranks
         if inside == ranks:
             return moved / self.nvlink_bytes_per_second
@@ -145,13 +147,15 @@ class Cluster:
         to_others = rank_bytes * (ranks - inside) / ranks / self.nic_bytes_per_second
         return max(to_others, rank_bytes * (inside - 1) / ranks / self.nvlink_bytes_per_second)
 
-    def send_seconds(self, sent_bytes: float, stride: int) -> float:
-        """One message to the rank `stride` away."""
-        inside = stride < self.gpus_per_node
+    def send_seconds(self, sent_bytes: float, ranks: int, stride: int) -> float:
+        """One message from each of `ranks` to the next one, `stride` away; the slowest counts."""
+        inside = self._members_in_node(ranks, stride) == ranks
         return sent_bytes / (self.nvlink_bytes_per_second if inside else self.nic_bytes_per_second)
 
     def _members_in_node(self, ranks: int, stride: int) -> int:
-        return min(ranks, max(1, self.gpus_per_node // stride))
+        """Of the node with the fewest: groups lie behind one another, and may straddle nodes."""
+        node = math.gcd(min(self.gpus_per_node, self.gpus), ranks * stride)
+        return min(ranks, max(1, node // stride))
 
 
 def load_cluster(source: str | Path, overrides: tuple[str, ...] = ()) -> Cluster:

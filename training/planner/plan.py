@@ -137,8 +137,11 @@ def judge(
     rule = broken_rule(layout)
     if rule is not None:
         return Refusal(parallel, rule.name, rule.reason.format(layout=layout))
-    if parallel.tensor_model_parallel_size > cluster.gpus_per_node:
-        reason = f"tensor-parallel ranks talk in every block, and NVLink joins {cluster.gpus_per_node} GPUs"
+    if cluster.gpus_per_node % parallel.tensor_model_parallel_size:
+        reason = (
+            f"tensor-parallel ranks talk in every block; nodes of {cluster.gpus_per_node} GPUs cannot be shared out to "
+            f"groups of {parallel.tensor_model_parallel_size} that NVLink joins"
+        )
         return Refusal(parallel, "tensor parallelism over nodes", reason)
     job = Job(
         ModelShape.of(config.model),

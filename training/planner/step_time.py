@@ -162,7 +162,7 @@ def _messages(job: Job, batch: MicroBatch) -> Seconds:
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     tensor = batch.samples * batch.tokens * job.shape.hidden_size * BYTES[job.precision]
     distance = int(job.cluster.gpus / stages)
-    one = job.cluster.send_seconds(tensor / (cut * parallel.context_parallel_size), distance)
+    one = job.cluster.send_seconds(tensor / (cut * parallel.context_parallel_size), stages, distance)
     # The interleaved schedule sends while the next chunk is computed, the plain one waits.
     return Seconds(hidden_pipeline=2 * chunks * one) if chunks else Seconds(pipeline=2 * one)
 
