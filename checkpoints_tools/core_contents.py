@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from checkpoints_tools.torch_records import read_record
 from megatron_video.errors import UserError
 from training.optimizer_state import EMA_PREFIX, MOMENTS
 
@@ -186,6 +187,11 @@ class CoreContents:
             UserError: it cannot be read, or is not what the metadata says.
         """
         try:
+            entry = self.entries[fqn]
+            assert entry.dtype is not None
+            found = read_record(self.folder / chunk.file, chunk.start, chunk.length, entry.dtype, chunk.sizes)
+            if found is not None:
+                return found
             with open(self.folder / chunk.file, "rb") as file:
                 view = _create_file_view(file, chunk.start, chunk.length)
                 found = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoints_tools.buffers import READ_BUFFERS
 from checkpoints_tools.growing_file import FileSet
 from checkpoints_tools.weights import tensor_bytes
 from megatron_video.errors import UserError
@@ -83,7 +84,7 @@ class SafetensorsFiles:
             UserError: the file became shorter.
         """
         place = self._places[name]
-        tensor = torch.empty(place.template.shape, dtype=place.template.dtype)
+        tensor = READ_BUFFERS.empty(place.template.shape, place.template.dtype)
         # Read, not mapped: mapped pages count as this process's memory.
         read_into(place.path, place.start, tensor_bytes(tensor))
         return tensor

@@ -10,12 +10,13 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from isal import isal_zlib
 
 from megatron_video.files import rename_durably
 
@@ -47,7 +48,7 @@ class ChecksummedStream(io.RawIOBase):
         """Add bytes."""
         with memoryview(data) as view, view.cast("B") as flat:
             # Both let other threads run: training goes on meanwhile.
-            self._crc32 = zlib.crc32(flat, self._crc32)
+            self._crc32 = isal_zlib.crc32(flat, self._crc32)
             try:
                 self._file.write(flat)
             except OSError as error:
@@ -106,7 +107,7 @@ def stored_file(path: Path) -> StoredFile:
     crc32 = size = 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
-            crc32, size = zlib.crc32(block, crc32), size + len(block)
+            crc32, size = isal_zlib.crc32(block, crc32), size + len(block)
     return StoredFile(size, crc32)
 
 
