@@ -109,7 +109,9 @@ class DeepSpeedCheckpoint:
         if not self._optimizers:
             return 0
         first = self._optimizers[0]
-        stage = int(first.get("optimizer_state_dict", "zero_stage"))
+        # DeepSpeed's BF16_Optimizer cuts as stage 1 does, and does not say so.
+        unsaid = 1 if first.find("optimizer_state_dict", _BUFFERS[1][0]) is not None else None
+        stage = int(first.find("optimizer_state_dict", "zero_stage") or unsaid or -1)
         if stage not in _BUFFERS:
             raise UserError(f"{first.path} is of ZeRO stage {stage}; read are 0, 1, 2 and 3")
         return stage

@@ -21,12 +21,19 @@ class Inert:
     def __init__(self, *values: Any, **named: Any) -> None:
         """Take anything."""
 
+    def __setstate__(self, state: Any) -> None:
+        """Take anything."""
+
 
 # What training scripts put beside the weights; none of it is looked at.
 HARMLESS: tuple[Unpicklable, ...] = (
     (Inert, "argparse.Namespace"),
     (Inert, "pathlib.PosixPath"),
     (Inert, "pathlib._local.PosixPath"),
+    # Random states and numbers of numpy, whose core was renamed with version 2.
+    *((Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    (Inert, "numpy.dtype"),
+    (Inert, "numpy.ndarray"),
 )
 
 

@@ -12,7 +12,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def read_structure(path: Path, trust_pickle: bool = False, harmless: Sequence[Un
         print(f"warning: {TRUST_OPTION}: running what the pickle in {path} asks for", file=sys.stderr, flush=True)
     try:
         with ExitStack() as stack:
-            stack.enter_context(torch.serialization.safe_globals(list(harmless)))
+            stack.enter_context(_only(harmless))
             # Tensors without memory, that know where their values lie in the file.
             stack.enter_context(FakeTensorMode())
             found = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
@@ -113,6 +113,19 @@ def read_structure(path: Path, trust_pickle: bool = False, harmless: Sequence[Un
     except Exception as error:
         raise UserError(f"{path} is damaged: {_first_line(error)}") from None
     return _located(found, path, records)
+
+
+@contextmanager
+def _only(harmless: Sequence[Unpicklable]) -> Iterator[None]:
+    """Let these be unpickled and nothing that a library added for itself, as megatron-core does."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(harmless))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def _records(path: Path) -> dict[int, zipfile.ZipInfo]:

@@ -28,6 +28,8 @@ from training.vae_updater import ZeroUpdater, _import_deepspeed
 DIT_RUNS = {
     "zero0": (0, "fp32", ""),
     "zero1": (1, "fp32", "transformer_blocks"),
+    # DeepSpeed's BF16_Optimizer, which is neither of its ZeRO optimizers.
+    "bf16": (1, "bf16, fp32 gradients", ""),
     "zero2": (2, "bf16", ""),
     "zero3": (3, "fp32", "transformer_blocks"),
     "zero3bf16": (3, "bf16", ""),
@@ -62,12 +64,13 @@ def _write_dit(folder: Path, weights: dict[str, Tensor], stage: int, precision: 
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": precision == "bf16"},
+            "bf16": {"enabled": precision != "fp32"},
+            "data_types": {"grad_accum_dtype": "fp32"} if "gradients" in precision else {},
         },
         dist_init_required=False,
     )
     for step in (1.0, 2.0):
-        scalar = torch.tensor(step + dist.get_rank(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        scalar = torch.tensor(step + dist.get_rank(), dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
         engine.backward(engine(scalar))
         engine.step()
         engine.save_checkpoint(str(folder))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -70,7 +72,9 @@ WRAPPED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
             "model": w,
             "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
             "optim": {"exp_avg": w},
-            "rng": torch.get_rng_state(),
+            "rng": [torch.get_rng_state(), np.random.get_state(), random.getstate()],
+            "best_loss": np.float64(0.5),
+            "folder": Path("runs"),
         },
         "without model. in",
     ),
@@ -144,13 +148,14 @@ def test_no_more_than_a_tensor_is_read_or_held(tmp_path: Path) -> None:
 
 
 def test_a_pickle_that_runs_something_does_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights, mark = released_weights(), folder / "mark"
+    weights, mark, allowed = released_weights(), folder / "mark", torch.serialization.get_safe_globals()
     path = _saved(folder, {"model": weights, "callback": Malicious(mark)})
     with pytest.raises(UserError, match=r"weights\.pt asks to run posix\.mkdir.*--trust-pickle"):
         open_weights(path)
     assert not mark.exists()
     assert_holds(open_weights(path, Reading(trust_pickle=True)), weights)
     assert mark.is_dir()
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
     assert f"warning: --trust-pickle: running what the pickle in {path} asks for" in capsys.readouterr().err
 
 
