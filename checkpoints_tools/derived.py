@@ -15,7 +15,7 @@ from checkpoints_tools.core import CoreCheckpoint
 from checkpoints_tools.core_writer import Beside, CoreSink
 from checkpoints_tools.forms import Reading, find_form, open_weights
 from checkpoints_tools.journal import begin_output, check_absent, check_room, source_identity
-from checkpoints_tools.models import KINDS
+from checkpoints_tools.models import KINDS, shard_limit
 from checkpoints_tools.released import released_config, write_config
 from checkpoints_tools.safetensors_files import GIGABYTE, SafetensorsSink
 from checkpoints_tools.transfer import transfer, verify_digests
@@ -23,8 +23,6 @@ from checkpoints_tools.weights import Weights, is_finite
 from megatron_video.errors import UserError
 
 Target = Literal["core", "released"]
-# What the hub cuts at, too.
-_SHARD_BYTES = 5 * GIGABYTE
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,9 @@ def told_output(weights: Weights, output: Output) -> str:
 def _sink(folder: Path, weights: Weights, to: Target) -> CoreSink | SafetensorsSink:
     if to == "core":
         return CoreSink(folder, weights.templates, Beside.of_model(weights.model))
-    stem = KINDS[weights.model.kind].stem
-    return SafetensorsSink(folder, weights.templates, stem, _SHARD_BYTES, weights.model.released)
+    kind, names = KINDS[weights.model.kind], weights.model.released
+    templates = {name: weights.templates[name] for name in names}
+    return SafetensorsSink(folder, templates, kind.stem, shard_limit(kind, None), names)
 
 
 def _finite(weights: Weights, name: str) -> Tensor:

@@ -84,7 +84,7 @@ def _is_distributed(path: Path) -> bool:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    return [folder for pattern in ("step_*", "checkpoints/step_*") for folder in path.glob(pattern)]
+    return [folder for pattern in ("step_[0-9]*", "checkpoints/step_[0-9]*") for folder in path.glob(pattern)]
 
 
 # In the order in which they are tried: any folder with a safetensors file may be a released one.

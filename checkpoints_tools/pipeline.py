@@ -15,14 +15,14 @@ from checkpoints_tools.convert import Conversion, Converter, Options
 from checkpoints_tools.journal import Journal, begin_output, check_absent, check_room, source_identity
 from checkpoints_tools.models import KINDS
 from checkpoints_tools.pipeline_layout import (
-    CLIP_TOKENIZER_FOLDER,
     FOLDERS,
+    LLM_TOKENIZER_FOLDER,
     PART_KINDS,
     PIPELINE_FILE,
     STEP_TOKENIZER_FILE,
     Tokenizers,
     check_fit,
-    copy_tokenizers,
+    copy_files,
     find_tokenizers,
     unloadable,
     write_configs,
@@ -59,7 +59,8 @@ class Assembly:
             UserError: as Converter does; a part of another kind; a tokenizer of another model; no room for all.
         """
         check_absent(output)
-        self._sources, self._tokenizers, self._output, self._options = sources, tokenizers, output, options
+        self._sources, self._output, self._options = sources, output, options
+        self._files = tokenizers.files(FOLDERS["llm"] if options.to == "released" else LLM_TOKENIZER_FOLDER)
         self._parts = {
             part: Converter(path, output / FOLDERS[part], _options_of(part, options)) for part, path in sources.items()
         }
@@ -80,7 +81,7 @@ class Assembly:
         """
         with begin_output(self._output, self._identity()) as journal:
             reports = {part: self._run_part(part, journal, verify) for part in self._parts}
-            digests = copy_tokenizers(self._tokenizers, journal.folder)
+            digests = copy_files(self._files, journal.folder)
             if self._options.to == "released":
                 write_configs(journal.folder)
             journal.publish()
@@ -91,7 +92,7 @@ class Assembly:
         return {part: converter.report(None, False, 0.0) for part, converter in self._parts.items()}
 
     def _identity(self) -> dict[str, Any]:
-        paths = [*self._sources.values(), *self._tokenizers.files().values()]
+        paths = [*self._sources.values(), *self._files.values()]
         settings = {"to": self._options.to, "shard_bytes": self._options.shard_bytes}
         return {"command": "pipeline", "sources": source_identity(*paths), **settings}
 
@@ -233,9 +234,8 @@ def _print(report: Pipeline, arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(f"would be written: {report.output}; nothing was")
         return
-    print(
-        f"tokenizers: {len(report.tokenizers)} files in {CLIP_TOKENIZER_FOLDER} and {FOLDERS['llm']}, equal by sha256"
-    )
+    for name, found in report.tokenizers.items():
+        print(f"{name}: copied, sha256 {found}")
     for reason in report.unloadable:
         print(f"the public inference code cannot load it: {reason}")
     print(f"written: {report.output}")

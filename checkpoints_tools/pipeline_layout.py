@@ -33,6 +33,8 @@ FOLDERS = {
 }
 PART_KINDS = {"transformer": "dit", "vae": "vae", "clip": "clip", "llm": "llm"}
 CLIP_TOKENIZER_FOLDER = "hunyuan_clip/tokenizer"
+# Of a pipeline that was taken apart: a megatron-core checkpoint holds no files but its own.
+LLM_TOKENIZER_FOLDER = "step_llm_tokenizer"
 # All that BertTokenizer may read; the first must be there.
 CLIP_TOKENIZER_FILES = (
     CLIP_VOCABULARY_FILE,
@@ -86,11 +88,11 @@ class Tokenizers:
     llm: Path
     """The sentencepiece model."""
 
-    def files(self) -> dict[str, Path]:
-        """Place in the pipeline folder -> file."""
+    def files(self, llm_folder: str) -> dict[str, Path]:
+        """Place in the folder of all models -> file; `llm_folder`: where Step-LLM's goes."""
         clip = {name: self.clip / name for name in CLIP_TOKENIZER_FILES if (self.clip / name).is_file()}
         places = {f"{CLIP_TOKENIZER_FOLDER}/{name}": path for name, path in clip.items()}
-        return places | {f"{FOLDERS['llm']}/{STEP_TOKENIZER_FILE}": self.llm}
+        return places | {f"{llm_folder}/{STEP_TOKENIZER_FILE}": self.llm}
 
     def check(self, models: Mapping[str, Model]) -> None:
         """Refuse tokenizers of other models.
@@ -120,20 +122,23 @@ def find_tokenizers(sources: Mapping[str, Path], clip: Path | None, llm: Path | 
     if clip is None:
         looked = ", ".join(map(str, places))
         raise UserError(f"no {CLIP_VOCABULARY_FILE} in {looked}: give the folder that has it with --clip-tokenizer")
-    llm = llm or sources["llm"] / STEP_TOKENIZER_FILE
-    if not llm.is_file():
-        raise UserError(f"{llm} is not there: give the file with --llm-tokenizer")
+    weights = sources["llm"]
+    files = [weights / STEP_TOKENIZER_FILE, weights.parent / LLM_TOKENIZER_FOLDER / STEP_TOKENIZER_FILE]
+    llm = llm or next((file for file in files if file.is_file()), None)
+    if llm is None or not llm.is_file():
+        looked = ", ".join(map(str, [llm] if llm else files))
+        raise UserError(f"no tokenizer of Step-LLM: looked for {looked}; give the file with --llm-tokenizer")
     return Tokenizers(clip, llm)
 
 
-def copy_tokenizers(tokenizers: Tokenizers, folder: Path) -> dict[str, str]:
-    """Copy the files to their places below `folder`; returns place -> sha256, compared with the copy.
+def copy_files(files: Mapping[str, Path], folder: Path) -> dict[str, str]:
+    """Copy files to their places below `folder`; returns place -> sha256, compared with the copy.
 
     Raises:
         UserError: a copy differs.
     """
     digests = {}
-    for place, path in tokenizers.files().items():
+    for place, path in files.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

@@ -36,7 +36,7 @@ def is_run(path: Path) -> bool:
     """Whether `path` is a folder of checkpoints, or of a run that has one, and no checkpoint itself."""
     if not path.is_dir() or (path / STATE_FILE).exists() or path.name.startswith("step_"):
         return False
-    return any(path.glob("step_*")) or any(path.glob("checkpoints/step_*"))
+    return any(path.glob("step_[0-9]*")) or any(path.glob("checkpoints/step_[0-9]*"))
 
 
 def checkpoints_folder(path: Path) -> Path:
@@ -67,7 +67,7 @@ def newest_of(path: Path) -> Path:
 def unfinished(path: Path) -> list[str]:
     """Folders that a killed job left."""
     names = {folder.name for folder in step_folders(checkpoints_folder(path))}
-    return sorted(each.name for each in checkpoints_folder(path).glob("step_*") if each.name not in names)
+    return sorted(each.name for each in checkpoints_folder(path).glob("step_[0-9]*") if each.name not in names)
 
 
 def run_json(path: Path) -> dict[str, Any]:

@@ -221,6 +221,8 @@ def test_taken_apart_and_put_together_again_nothing_changes(
     report = json.loads(capsys.readouterr().out)
     assert {part["direction"] for part in report["parts"].values()} == {"released -> core"}
     assert all(part["verified"] for part in report["parts"].values())
+    for place in FOLDERS.values():
+        assert run_command(cli.main, ["verify", str(parts / place)]) == 0
     cores = {part: parts / place for part, place in FOLDERS.items()}
     assert run(*options(cores), "--out", again, "--other-sizes", "--max-shard-gb", "0.0002") == 0
     names = {path.relative_to(pipeline) for path in pipeline.rglob("*") if path.is_file()}
