@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_tools.convert import DTYPES
 from checkpoints_tools.derived import (
     Derivation,
     Output,
@@ -29,8 +30,6 @@ from checkpoints_tools.mixed_weights import MixedWeights, check_sources
 from checkpoints_tools.reconstruct import WantedAverage, reconstruct, recorded_step
 from checkpoints_tools.weights import Weights
 from megatron_video.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,10 @@ class Average:
     """Of the wanted profile, the part that no mix of the stored averages reaches (least squares)."""
     before_first: float | None
     """Of the wanted average, the part before the first source."""
+    widest_gap: int | None
+    """Most updates between two sources, whose weights are taken to lie on a line there."""
+    gap_share: float | None
+    """Of the wanted average, the part in that gap."""
     amplification: float
     """By how much rounding errors of the sources grow."""
     tensors: int
@@ -135,6 +138,8 @@ class Averaging:
             wanted=asdict(self.options.wanted) if self.options.wanted else None,
             residual=self.mix.residual,
             before_first=self.mix.before_first,
+            widest_gap=self.mix.widest_gap,
+            gap_share=self.mix.gap_share,
             amplification=self.mix.amplification,
             tensors=len(templates),
             parameters=sum(each.numel() for each in templates),
@@ -230,6 +235,11 @@ def _told_errors(report: Average) -> list[str]:
     lines = []
     if report.before_first:
         lines.append(f"{report.before_first:.2%} of the wanted average lie before the first; it stands for them")
+    if report.gap_share:
+        lines.append(
+            f"{report.gap_share:.2%} of the wanted average lie in the widest gap between sources, {report.widest_gap} "
+            "updates: a line from one to the other stands for them"
+        )
     if report.residual is not None:
         lines.append(f"{report.residual:.2%} of the wanted profile is out of reach of the stored averages")
     if report.amplification > 1.01:

@@ -41,6 +41,10 @@ class Mix:
     """Norm of the difference between wanted and reached profile over the norm of the wanted one; None if not known."""
     before_first: float | None = None
     """Share of the wanted average that lies before the first checkpoint."""
+    widest_gap: int | None = None
+    """Most updates between two trained weights, which are taken to lie on a line there."""
+    gap_share: float | None = None
+    """Share of the wanted average that lies in that gap."""
 
     @property
     def amplification(self) -> float:
@@ -90,7 +94,13 @@ def mix_weights(updates: Sequence[int], wanted: Profile) -> Mix:
     towards_right = np.clip((every - places[right - 1]) / width, 0.0, 1.0)
     shares = np.bincount(right, wanted * towards_right, len(places))
     shares += np.bincount(right - 1, wanted * (1 - towards_right), len(places))
-    return Mix(shares.tolist(), before_first=float(wanted[: places[0]].sum()))
+    gap = int(np.diff(places).argmax())
+    return Mix(
+        shares.tolist(),
+        before_first=float(wanted[: places[0]].sum()),
+        widest_gap=int(places[gap + 1] - places[gap]),
+        gap_share=float(wanted[places[gap] + 1 : places[gap + 1]].sum()),
+    )
 
 
 def mix_averages(updates: Sequence[int], decays: Sequence[float], wanted: Profile) -> Mix:

@@ -95,7 +95,7 @@ def _check_one_run(sources: Sequence[Weights], counts: Sequence[int]) -> None:
 
 
 def _decays(sources: Sequence[Weights]) -> list[float]:
-    """With which each source's averages were made; one run has one, as what an average holds would else be unknown."""
+    """With which each source's averages were made: one for all, since the run began, or what they hold is unknown."""
     decays: list[float | None] = [(read_config(source.origin).get("ema") or {}).get("decay") for source in sources]
     for source, decay in zip(sources, decays, strict=True):
         if decay is None or decay != decays[0]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from checkpoints_tools.dit_names import ADDITIONAL_NAMES
+from checkpoints_tools.released_fields import DIT_FIELDS
 from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
 
@@ -16,8 +17,6 @@ GROWING: dict[str, Callable[[DiTConfig, DiTConfig], bool]] = {
     "in_channels": lambda old, new: new.in_channels > old.in_channels,
     "use_additional_conditions": lambda old, new: new.use_additional_conditions,
 }
-# Fields that no weight depends on, and no output of a given precision.
-FREE = ("hidden_dropout", "init_std", "released_precision")
 # How a block ends: with these at zero it adds nothing, and the gradient still reaches them.
 OUTPUT_PROJECTIONS = (
     "self_attention.linear_proj.weight",
@@ -112,7 +111,7 @@ def make_plan(
 
 def _check_sizes(old: DiTConfig, new: DiTConfig) -> None:
     there, here = dataclasses.asdict(old), dataclasses.asdict(new)
-    changed = [name for name in there if there[name] != here[name] and name not in FREE]
+    changed = [name for name in there if there[name] != here[name] and name not in DIT_FIELDS.unkept]
     wrong = [name for name in changed if name not in GROWING or not GROWING[name](old, new)]
     if wrong:
         listed = "; ".join(f"{name} {there[name]} -> {here[name]}" for name in wrong)

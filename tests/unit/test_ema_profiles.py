@@ -76,6 +76,13 @@ def test_what_lies_before_the_first_checkpoint_is_told() -> None:
     assert sum(mix.shares) == pytest.approx(1)
 
 
+def test_the_widest_gap_is_told() -> None:
+    mix = mix_weights([0, 100, 900, 1000], exponential_profile(0.999, 1000))
+    assert mix.widest_gap == 800
+    # Updates 101 to 899.
+    assert mix.gap_share == pytest.approx(0.999**101 - 0.999**900)
+
+
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
 def test_power_profiles_have_the_asked_for_width(width: float) -> None:
     profile = power_profile(width, 20_000)
