@@ -277,9 +277,20 @@ def test_clusters_that_cannot_be_are_refused(override: str, message: str) -> Non
         load_cluster("h100", (override,))
 
 
+def test_fp8_halves_no_more_than_its_share_of_the_products() -> None:
+    cluster = load_cluster("h100", ("gpus=1", "efficiency.gemm_fp8=0.35"))
+    job = Job(ModelShape.of(DiTConfig()), ParallelConfig(), cluster, {MicroBatch(1, 2880): 1.0})
+    bf16, fp8, half = (step_seconds(replace(job, fp8_share=share)) for share in (0.0, 1.0, 0.5))
+    # Half the efficiency of twice the peak.
+    assert fp8.gemm == pytest.approx(bf16.gemm, rel=1e-3)
+    faster = replace(job, cluster=load_cluster("h100", ("gpus=1", "efficiency.gemm_fp8=0.7")), fp8_share=0.5)
+    assert step_seconds(faster).gemm == pytest.approx(0.75 * bf16.gemm, rel=1e-3)
+    assert half.attention == fp8.attention == bf16.attention
+
+
 def test_a_peak_that_is_not_given_is_asked_for() -> None:
     cluster = _cluster(gpus=1)
-    job = Job(ModelShape.of(TINY), ParallelConfig(), cluster, {MicroBatch(1, 16): 1.0}, fp8=True)
+    job = Job(ModelShape.of(TINY), ParallelConfig(), cluster, {MicroBatch(1, 16): 1.0}, fp8_share=1.0)
     with pytest.raises(UserError, match="peak_tflops has bf16 and not fp8"):
         step_seconds(job)
 

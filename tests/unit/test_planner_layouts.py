@@ -223,6 +223,8 @@ def test_plan_of_all_layouts(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (["--set", "gpu_count=8"], "unknown field 'gpu_count'"),
         (["--text-tokens", "0"], "--text-tokens 0"),
         (["data.buckets=null"], "data.buckets is null"),
+        (["--plot", "/nowhere/plan.png"], "there is no folder /nowhere"),
+        (["--plot", "plan.xyz"], "must end in one of .png"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:

@@ -14,6 +14,7 @@ from megatron_video.dit.config import DiTConfig
 from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
 from megatron_video.flops import SPATIAL_STRIDE, TABLE_3_TEXT_TOKENS, latent_shape, training_flops
 
+_PICTURES = (".png", ".pdf", ".svg")
 _USAGE = """
 other commands:
   megatron-video plan flops --frames F --height H --width W
@@ -44,6 +45,8 @@ def plan_run(argv: Sequence[str]) -> int:
     arguments = _parse_run(argv)
     if arguments.text_tokens < 1:
         raise UserError(f"--text-tokens {arguments.text_tokens} must be at least 1")
+    if arguments.plot is not None:
+        _check_picture(arguments.plot)
     # Slow to import, and not needed by the other commands.
     from training.config import PRESET_DIR, PretrainConfig
     from training.planner.cluster import load_cluster
@@ -130,6 +133,14 @@ def plan_published(argv: Sequence[str]) -> int:
     table = published_speeds()
     print(table.json() if arguments.json else table.text())
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    """Before the work, not after it."""
+    if path.suffix not in _PICTURES:
+        raise UserError(f"--plot {path}: the name must end in one of {', '.join(_PICTURES)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: there is no folder {path.parent}")
 
 
 def _model(config: str | None) -> DiTConfig:

@@ -26,8 +26,8 @@ class Job:
     """Micro-batches of one step over all replicas, by kind, with their number."""
     precision: Precision = "bf16"
     """Of weights and activations."""
-    fp8: bool = False
-    """Whether matrix products are FP8."""
+    fp8_share: float = 0.0
+    """Share of the blocks whose matrix products are FP8."""
     ema: bool = False
     """Whether averages of the weights are on the device."""
     optimizer_on_host: bool = False
@@ -49,7 +49,7 @@ class Job:
             return self.recomputed
         if parallel.recompute_num_layers is None:
             return 1.0
-        pieces = (parallel.virtual_pipeline_model_parallel_size or 1) * parallel.pipeline_model_parallel_size
+        pieces = self.chunks * parallel.pipeline_model_parallel_size
         return min(1.0, parallel.recompute_num_layers * pieces / self.shape.num_layers)
 
     @property
@@ -71,9 +71,17 @@ class Job:
     @property
     def stage_parameters(self) -> float:
         """Parameters of one rank, of the fullest stage."""
-        stages = self.parallel.pipeline_model_parallel_size
-        tp = self.parallel.tensor_model_parallel_size
-        return max(self.shape.stage_parameters(stage, stages).of_rank(tp) for stage in (0, stages - 1))
+        return max(self.parameters_of(stage) for stage in (0, self.parallel.pipeline_model_parallel_size - 1))
+
+    def parameters_of(self, stage: int) -> float:
+        """Parameters of one rank of a stage."""
+        stages, chunks = self.parallel.pipeline_model_parallel_size, self.chunks
+        return self.shape.stage_parameters(stage, stages, chunks).of_rank(self.parallel.tensor_model_parallel_size)
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of a stage."""
+        return self.parallel.virtual_pipeline_model_parallel_size or 1
 
     @property
     def flops(self) -> float:

@@ -64,7 +64,7 @@ def layers_under_way(job: Job, stage: int) -> float:
     2 (p - r - 1) + (chunks - 1) p + 1 (megatron-core's warm-up and the one behind it).
     """
     stages = job.parallel.pipeline_model_parallel_size
-    chunks = job.parallel.virtual_pipeline_model_parallel_size or 1
+    chunks = job.chunks
     own = job.shape.num_layers / stages
     # A step of fewer micro-batches never has more under way.
     most = max(1.0, job.micro_batches)
@@ -76,7 +76,7 @@ def layers_under_way(job: Job, stage: int) -> float:
 def _stage_memory(job: Job, batch: MicroBatch, stage: int) -> Memory:
     width, parallel = BYTES[job.precision], job.parallel
     stages = parallel.pipeline_model_parallel_size
-    parameters = job.shape.stage_parameters(stage, stages).of_rank(parallel.tensor_model_parallel_size)
+    parameters = job.parameters_of(stage)
     weights, gradients = _sharded(job)
     # In fp32 the weights themselves are what the optimizer updates.
     state = (0 if job.optimizer_on_host else 2 * FP32) + (FP32 if job.precision == "bf16" else 0)

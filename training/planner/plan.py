@@ -149,7 +149,7 @@ def judge(
         cluster,
         step,
         config.training.precision,
-        fp8=config.fp8.recipe is not None,
+        fp8_share=_fp8_share(config),
         ema=config.ema.decay is not None and config.ema.device == "same",
         optimizer_on_host=config.optimizer.cpu_offload,
     )
@@ -159,6 +159,12 @@ def judge(
         reason = f"needs {needed / GIB:.1f} GiB of a GPU, and {usable / GIB:.1f} GiB are usable"
         return Refusal(parallel, "out of memory", reason)
     return Plan(job, memory, step_seconds(job), config.training.steps, gpus)
+
+
+def _fp8_share(config: PretrainConfig) -> float:
+    if config.fp8.recipe is None:
+        return 0.0
+    return 1 - (config.fp8.first_layers_bf16 + config.fp8.last_layers_bf16) / config.model.num_layers
 
 
 def describe(parallel: ParallelConfig) -> str:

@@ -56,6 +56,8 @@ class ModelShape:
     """Of CLIP's states, if there are any."""
     additional_conditions: bool = False
     """Embeddings of resolution, frames and fps (DiTConfig.use_additional_conditions)."""
+    embedders_in_every_chunk: bool = True
+    """Whether each chunk of an interleaved stage has embedders of its own, as our model does; else each rank."""
 
     @staticmethod
     def of(dit: DiTConfig) -> ModelShape:
@@ -86,7 +88,7 @@ class ModelShape:
 
     @property
     def embedder_parameters(self) -> Parameters:
-        """Of time and text: every pipeline stage has them."""
+        """Of time and text: every pipeline stage has them, and every chunk of it."""
         d = self.hidden_size
         text = (self.llm_channels + 1) * d + (d + 1) * d
         if self.clip_channels is not None:
@@ -116,9 +118,10 @@ class ModelShape:
         ends = self.embedder_parameters + self.patch_parameters + self.head_parameters
         return self.layer_parameters * self.num_layers + ends
 
-    def stage_parameters(self, stage: int, stages: int) -> Parameters:
+    def stage_parameters(self, stage: int, stages: int, chunks: int = 1) -> Parameters:
         """Of one rank of the pipeline, with all of its chunks; an upper bound where layers do not divide evenly."""
-        here = self.layer_parameters * -(-self.num_layers // stages) + self.embedder_parameters
+        embedders = self.embedder_parameters * (chunks if self.embedders_in_every_chunk else 1)
+        here = self.layer_parameters * -(-self.num_layers // stages) + embedders
         if stage == 0:
             here = here + self.patch_parameters
         return here + self.head_parameters if stage == stages - 1 else here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from training.layout_matrix.report import text_table
@@ -23,7 +24,7 @@ def show_job(plan: Plan) -> str:
     return (
         f"{job.shape.parameters.total:,} parameters on {plan.gpus:,} {job.cluster.gpu}\n"
         f"a step: {job.samples:,.0f} samples, {job.tokens:,.0f} tokens, {job.flops / 1e15:,.0f} PFLOP\n"
-        f"micro-batches: {kinds}"
+        f"{textwrap.fill(f'micro-batches: {kinds}', 120, break_on_hyphens=False)}"
     )
 
 

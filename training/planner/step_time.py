@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from training.planner.cluster import NumberType
 from training.planner.job import Job
 from training.planner.work import BYTES, Branch, MicroBatch, Work, backward_work, forward_work
 
@@ -111,8 +110,9 @@ def _recomputed(job: Job, batch: MicroBatch) -> Seconds:
 def _timed(job: Job, works: Iterable[Work]) -> Seconds:
     work = sum(works, Work())
     cluster, reached = job.cluster, job.cluster.efficiency
-    number_type: NumberType = "fp8" if job.fp8 else job.precision
-    gemm = work.gemm_flops / (cluster.peak(number_type) * reached.gemm)
+    gemm = work.gemm_flops * (1 - job.fp8_share) / cluster.gemm_flops_per_second(job.precision)
+    if job.fp8_share:
+        gemm += work.gemm_flops * job.fp8_share / cluster.gemm_flops_per_second("fp8")
     gathers = cluster.gather_seconds(work.gathered_bytes, job.parallel.tensor_model_parallel_size, stride=1)
     hidden = min(gathers * cluster.hidden_tensor_parallel, gemm)
     return Seconds(
@@ -170,7 +170,7 @@ def _messages(job: Job, batch: MicroBatch) -> Seconds:
 def _bubble(job: Job, busy: float) -> float:
     """Stages that are not yet, or no more, busy: (stages - 1) / (micro-batches x chunks) of their work."""
     stages = job.parallel.pipeline_model_parallel_size
-    return busy * (stages - 1) / (job.micro_batches * (job.parallel.virtual_pipeline_model_parallel_size or 1))
+    return busy * (stages - 1) / (job.micro_batches * job.chunks)
 
 
 def _data_parallel(job: Job, busy: float) -> Seconds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_video.dit.config import DiTConfig
 from megatron_video.flops import latent_shape
@@ -51,7 +51,9 @@ class Row:
         )
         sample = MicroBatch(1, latent_shape(204, 544, 992).tokens)
         step = {sample: SAMPLES_PER_NODE * cluster.gpus / cluster.gpus_per_node}
-        return Job(ModelShape.of(DiTConfig()), parallel, cluster, step, recomputed=self.recomputed_percent / 100)
+        # Embedders for every chunk would take up to 20 GiB, and the emulator's rows leave no room for them.
+        shape = replace(ModelShape.of(DiTConfig()), embedders_in_every_chunk=False)
+        return Job(shape, parallel, cluster, step, recomputed=self.recomputed_percent / 100)
 
 
 ROWS = (
