@@ -25,7 +25,7 @@ from checkpoints_tools.forms import (
     open_weights,
     reading_of,
 )
-from checkpoints_tools.journal import PARTIAL_SUFFIX, Journal, begin_output, check_absent, check_room, source_identity
+from checkpoints_tools.journal import Journal, begin_output, check_absent, check_room, source_identity
 from checkpoints_tools.models import KINDS, shard_limit
 from checkpoints_tools.released import CONFIG_KEY, released_config, write_config
 from checkpoints_tools.released_config import is_same_model
@@ -34,7 +34,6 @@ from checkpoints_tools.transfer import transfer, verify_digests
 from checkpoints_tools.weights import Weights, check_tensors, is_finite, total_digest
 from megatron_video.errors import UserError
 
-WRITING_SUFFIX = PARTIAL_SUFFIX
 Target = Literal["core", "released", "file"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

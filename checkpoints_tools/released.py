@@ -25,7 +25,6 @@ from checkpoints_tools.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
     SafetensorsFiles,
-    SafetensorsSink,
     find_weight_files,
 )
 from checkpoints_tools.torch_files import TorchFile
@@ -167,17 +166,6 @@ def main_dtype(templates: Mapping[str, Tensor]) -> str:
     for template in templates.values():
         counts[str(template.dtype).removeprefix("torch.")] += template.numel()
     return counts.most_common(1)[0][0]
-
-
-def write_released(folder: Path, model: Model, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write config.json and the tensors, which come under our names; all of them are in memory at once."""
-    held = {model.released[name]: tensor for name, tensor in tensors}
-    folder.mkdir(parents=True)
-    write_config(folder, model, held)
-    sink = SafetensorsSink(folder, held, KINDS[model.kind].stem, shard_bytes)
-    for name in sink.names:
-        sink.write(name, held[name])
-    sink.finish()
 
 
 def _model_folder(path: Path) -> Path:

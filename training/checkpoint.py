@@ -6,14 +6,12 @@ and `train_state.json`, which lists the other files with their sizes and checksu
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_attr_wrapped_model
@@ -23,7 +21,7 @@ from megatron_video.config_io import build_config, config_to_dict
 from megatron_video.dit import DiTConfig
 from megatron_video.errors import UserError
 from training.checkpoint_config import CheckpointConfig
-from training.checkpoint_files import CONFIG_FILE, WRITTEN, read_state_values, stored_file, write_state
+from training.checkpoint_files import CONFIG_FILE, WRITTEN, read_state_values
 from training.checkpoint_folders import agree_on_newest as agree_on_newest
 from training.checkpoint_folders import find_checkpoint as find_checkpoint
 from training.checkpoint_folders import newest_checkpoint as newest_checkpoint
@@ -38,7 +36,6 @@ from training.checkpoint_state import (
     under_ema_names,
     without_absent_objects,
 )
-from training.checkpoint_writer import InProcessStrategy
 from training.ema import EMA
 from training.optimizer_state import OPTIMIZER_PREFIX, load_optimizer_state
 
@@ -98,28 +95,6 @@ def save_checkpoint(
     """
     saver = CheckpointSaver(run_dir, CheckpointConfig(asynchronous=False), keep)
     return saver.save(model, optimizer, state, config, ema)
-
-
-def write_weights(folder: Path, tensors: dict[str, ShardedTensor], model: Any, section: str = MODEL_SECTION) -> None:
-    """Write weights alone into the new `folder`, as a complete checkpoint of step 0; this process is the only rank."""
-    folder.mkdir(parents=True)
-    strategy = InProcessStrategy()
-    dist_checkpointing.save({"model": tensors}, str(folder), sharded_strategy=strategy)
-    complete_weights(folder, model, section)
-
-
-def complete_weights(folder: Path, model: Any, section: str = MODEL_SECTION) -> None:
-    """Make a folder that holds the tensors of weights alone a complete checkpoint of step 0.
-
-    Args:
-        folder: with the tensors.
-        model: dataclass of the sizes.
-        section: where they stand in config.yaml; another one than the DiT's for other models.
-    """
-    values = yaml.safe_dump({section: config_to_dict(model)}, sort_keys=False)
-    (folder / CONFIG_FILE).write_text(values, encoding="utf-8")
-    files = {path.name: stored_file(path) for path in folder.iterdir()}
-    write_state(folder, {**asdict(TrainState()), WRITTEN: time.time()}, files)
 
 
 def load_checkpoint(
