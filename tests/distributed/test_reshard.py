@@ -59,7 +59,7 @@ def assert_same_tensors(first: CoreContents, second: CoreContents, *parts: Any) 
         assert torch.equal(first.tensor(fqn), second.tensor(fqn)), fqn
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.heavy), "pp2_vpp2_zero1"])
 def test_a_run_goes_on_from_it_as_from_the_source(name: str, source: Path, ranks: RankPool, tmp_path: Path) -> None:
     cut = step_folder(tmp_path, STEPS)
     reshard(source, cut, TARGETS[name])
