@@ -13,8 +13,10 @@ from foreign_models import NamedModule, released_weights, tiny_dit, write_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checkpoints_tools import cli
 from checkpoints_tools.forms import Reading, open_weights
 from checkpoints_tools.weights import Weights
+from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 
 peft = pytest.importorskip("peft", reason="the outside truth: pip install 'megatron-video[dev]'")
@@ -242,3 +244,13 @@ def test_dora_is_merged_alone_and_a_weight_is_a_number(folder: Path) -> None:
             open_weights(folder / "fp32.pt", Reading(loras=(f"{dora}={weight}",)))
     with pytest.raises(UserError, match="none=x holds no adapter"):
         open_weights(folder / "fp32.pt", Reading(loras=("none=x",)))
+
+
+def test_convert_merges(folder: Path) -> None:
+    _adapted(released_weights(), 1, "default").save_pretrained(folder / "adapter")
+    command = ["convert", "--in", str(folder / "fp32.pt"), "--out", str(folder / "core")]
+    assert run_command(cli.main, [*command, "--lora", str(folder / "none")]) == 2
+    assert run_command(cli.main, [*command, "--lora", f"{folder / 'adapter'}=0.5"]) == 0
+    expected = open_weights(folder / "fp32.pt", Reading(loras=(f"{folder / 'adapter'}=0.5",)))
+    written = open_weights(folder / "core")
+    assert all(torch.equal(written.tensor(name), expected.tensor(name)) for name in expected.templates)

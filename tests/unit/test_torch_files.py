@@ -18,8 +18,11 @@ import torch.distributed.checkpoint as dcp
 from foreign_models import assert_holds, released_weights, tiny_dit, write_config
 from torch import Tensor
 
+from checkpoints_tools import cli
+from checkpoints_tools.core import CoreCheckpoint
 from checkpoints_tools.forms import FORMS, Reading, find_form, open_weights
 from checkpoints_tools.torch_files import TorchFile
+from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 
 MIB = 2**20
@@ -297,3 +300,17 @@ def test_a_path_that_is_not_of_the_form_it_is_said_to_be_is_refused(folder: Path
         (path / "latest_universal").write_text("global_step9")
     with pytest.raises(UserError, match=content):
         open_weights(path, Reading(form=form))
+
+
+def test_convert_takes_them_and_the_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = released_weights(), folder / "core"
+    path = _saved(folder, {"a": {"model": weights, "rope": torch.ones(3)}, "b": Malicious(folder / "mark")})
+    command = ["convert", "--in", str(path), "--out", str(out)]
+    assert run_command(cli.main, command) == 2
+    assert "--trust-pickle" in capsys.readouterr().err
+    assert run_command(cli.main, [*command, "--trust-pickle"]) == 2
+    assert "--key a.model" in capsys.readouterr().err
+    (folder / "mark").rmdir()
+    options = ["--key", "a.model", "--ignore", "rope", "--config", str(folder / "config.yaml"), "--form", "torch"]
+    assert run_command(cli.main, [*command, "--trust-pickle", *options]) == 0
+    assert_holds(CoreCheckpoint(out), weights)
