@@ -147,6 +147,10 @@ def test_the_summary_names_what_is_wrong() -> None:
 def test_a_name_that_is_not_in_the_table_is_refused() -> None:
     with pytest.raises(UserError, match=r"--layouts tp9: not in the table; --list shows the names"):
         main(["--layouts", "tp2", "tp9"])
+    with pytest.raises(UserError, match=r"--layouts tp9: not in the table"):
+        main(["--checkpoints", "--layouts", "tp2", "tp9"])
+    with pytest.raises(UserError, match="no layout is left with --max-ranks 1"):
+        main(["--checkpoints", "--layouts", "tp2", "--max-ranks", "1"])
     with pytest.raises(UserError, match="--layouts tp2: needs more ranks than --max-ranks"):
         main(["--layouts", "tp2", "--max-ranks", "1"])
     with pytest.raises(UserError, match="no layout is left"):

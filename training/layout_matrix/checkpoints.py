@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_video.errors import UserError
 from training.checkpoint import TrainState, load_checkpoint, save_checkpoint, step_folder
 from training.config import PretrainConfig
 from training.layout_matrix.compare import Errors, compare
@@ -75,11 +76,25 @@ class CrossLoad:
         return max(self.errors.value(name) for name in ("loss", "grad_norm", "gradients", "parameters", "ema"))
 
 
-def checkpoint_cases(short: bool = False, max_ranks: int = 8) -> tuple[list[LayoutCase], list[LayoutCase]]:
-    """Rows of the table that write and that read, those of more ranks left out; one process is among them."""
+def checkpoint_cases(
+    short: bool = False, max_ranks: int = 8, names: Sequence[str] = ()
+) -> tuple[list[LayoutCase], list[LayoutCase]]:
+    """Rows of the table that write and that read, those of more ranks left out; one process is among them.
+
+    `names`: these instead, whichever there are.
+
+    Raises:
+        UserError: a name that is not in the table.
+    """
     known = {case.name: case for case in (ONE_PROCESS, *LAYOUTS)}
-    names = (SHORT_WRITERS, SHORT_READERS) if short else (CHECKPOINT_LAYOUTS, CHECKPOINT_LAYOUTS)
-    writers, readers = ([known[name] for name in group if known[name].ranks <= max_ranks] for group in names)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--layouts {' '.join(unknown)}: not in the table; --list shows the names")
+    every = names or CHECKPOINT_LAYOUTS
+    groups: tuple[Sequence[str], Sequence[str]] = (every, every)
+    if short and not names:
+        groups = SHORT_WRITERS, SHORT_READERS
+    writers, readers = ([known[name] for name in group if known[name].ranks <= max_ranks] for group in groups)
     return writers, readers
 
 

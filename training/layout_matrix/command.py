@@ -89,7 +89,9 @@ def _run(arguments: argparse.Namespace, rows: list[Row], left_out: list[str]) ->
 
 
 def _run_checkpoints(arguments: argparse.Namespace) -> int:
-    writers, readers = checkpoint_cases(arguments.short, arguments.max_ranks)
+    writers, readers = checkpoint_cases(arguments.short, arguments.max_ranks, arguments.layouts or ())
+    if not writers or not readers:
+        raise UserError(f"no layout is left with --max-ranks {arguments.max_ranks}")
     with RankPool(max(case.ranks for case in (*writers, *readers)), arguments.device) as pool:
         heading = (
             f"{len(writers)} x {len(readers)} layouts on {_machine(pool)}\na save, and one more step, after {_work()}"
