@@ -201,7 +201,6 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--tolerance",
         type=float,
-        default=WantedAverage.tolerance,
         metavar="SHARE",
         help="most of the moving average that the sources may leave open (default 0.25)",
     )
@@ -213,8 +212,11 @@ def add_command(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     sources = [Source.parse(text) for text in arguments.sources]
     wanted = None
+    given = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
     if arguments.ema_decay is not None or arguments.ema_width is not None:
-        wanted = WantedAverage(arguments.ema_decay, arguments.ema_width, arguments.tolerance)
+        wanted = WantedAverage(arguments.ema_decay, arguments.ema_width, **given)
+    elif given:
+        raise UserError("--tolerance is for --ema-decay and --ema-width: a mean leaves nothing open")
     options = Options(
         ema=arguments.ema, wanted=wanted, dtype=DTYPES.get(arguments.dtype), reading=reading_of(arguments)
     )

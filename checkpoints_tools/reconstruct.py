@@ -33,6 +33,15 @@ class WantedAverage:
     tolerance: float = 0.25
     """Most of the wanted profile that the sources may leave open."""
 
+    def __post_init__(self) -> None:
+        """Refuse a tolerance that is no share.
+
+        Raises:
+            UserError: naming it.
+        """
+        if not 0 <= self.tolerance <= 1:
+            raise UserError(f"--tolerance {self.tolerance} is a share of the average, from 0 to 1")
+
     def profile(self, updates: int) -> Profile:
         """After that many updates."""
         if self.decay is not None:

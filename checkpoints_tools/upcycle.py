@@ -174,7 +174,8 @@ def new_config(old: Model, arguments: argparse.Namespace) -> DiTConfig:
     if arguments.like is not None:
         found = read_values(arguments.like)
         values = config_to_dict(build_config(DiTConfig, found.get("model", found), str(arguments.like)))
-    count = arguments.num_layers or (len(arguments.layers) if arguments.layers else None)
+    listed = None if arguments.layers is None else len(arguments.layers)
+    count = listed if arguments.num_layers is None else arguments.num_layers
     asked = {"num_layers": count, "in_channels": arguments.in_channels}
     asked["use_additional_conditions"] = arguments.use_additional_conditions or None
     values |= {name: value for name, value in asked.items() if value is not None}

@@ -171,6 +171,8 @@ def others(run: Path, tmp_path: Path) -> dict[str, Path]:
         ([8, 12], ["--ema-decay", "0.9"], "59% of the wanted average lie before the first checkpoint"),
         ([0, 12], ["--ema", "--ema-decay", "0.5"], "misses"),
         (["4=2", 8], ["--ema-decay", "0.9"], "leave the =WEIGHT"),
+        ([4, 8], ["--ema-decay", "0.9", "--tolerance", "1.5"], "--tolerance 1.5 is a share"),
+        ([4, 8], ["--tolerance", "0.5"], "a mean leaves nothing open"),
     ],
 )
 def test_what_gives_no_moving_average_is_refused(

@@ -268,6 +268,8 @@ def test_sizes_that_cannot_change_are_refused_by_name(
         (["--num-layers", "3", "--ema"], "holds no averaged weights"),
         (["--like", "nowhere.yaml"], "no such file"),
         (["--layers", "0,1"], "nothing to do"),
+        (["--num-layers", "0"], "num_layers=0 must be at least 1"),
+        (["--in-channels", "0"], "in_channels=0 must be at least 1"),
         ([], "nothing to do"),
     ],
 )
