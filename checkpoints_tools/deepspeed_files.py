@@ -89,7 +89,7 @@ class DeepSpeedCheckpoint:
         self.origin = tag_folder(path)
         self._models = model_files(self.origin, trust_pickle)
         self._optimizers = [RankFile(file, trust_pickle) for file in _ranked(self.origin, _OPTIMIZER_FILE)]
-        self.stage = self._find_stage()
+        self.stage = self._find_stage(values)
         self._refuse_missing_ranks()
         self._refuse_mixed_steps()
         self._stored = self._module() if values == "module" or self.stage == 0 else self._masters()
@@ -105,8 +105,14 @@ class DeepSpeedCheckpoint:
         """One whole tensor."""
         return self._stored[name].read()
 
-    def _find_stage(self) -> int:
+    def _find_stage(self, values: Values) -> int:
         if not self._optimizers:
+            # Without ZeRO there is no list of what the optimizer's files hold.
+            if self._models[0].find("param_shapes") and values == "fp32":
+                raise UserError(
+                    f"{self.origin} lacks all ranks' *_optim_states.pt, which hold the fp32 weights; "
+                    "--deepspeed-weights module takes the module's"
+                )
             return 0
         first = self._optimizers[0]
         # DeepSpeed's BF16_Optimizer cuts as stage 1 does, and does not say so.
@@ -142,7 +148,7 @@ class DeepSpeedCheckpoint:
     def _module(self) -> dict[str, StoredTensor | Pieces]:
         found: dict[str, StoredTensor | Pieces] = self._models[0].get("module")
         empty = [name for name, stored in found.items() if torch.Size(stored.shape).numel() == 0]
-        if self.stage == 3 and empty:
+        if empty:
             raise UserError(
                 f"{self.origin} of ZeRO 3 holds no module weights (they were saved without "
                 "stage3_gather_16bit_weights_on_model_save); leave out --deepspeed-weights module to read fp32"

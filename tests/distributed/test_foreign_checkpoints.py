@@ -119,6 +119,17 @@ def test_a_missing_ranks_file_is_named(copied: Callable[[str], Path], name: str,
         open_weights(folder)
 
 
+def test_lost_fp32_weights_are_not_replaced_in_silence(copied: Callable[[str], Path]) -> None:
+    folder = copied("zero2")
+    module = open_weights(folder, Reading(deepspeed_weights="module"))
+    for file in (folder / "global_step2").glob("*_optim_states.pt"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"lacks all ranks' .*; --deepspeed-weights module takes the module's"):
+        open_weights(folder)
+    found = open_weights(folder, Reading(deepspeed_weights="module"))
+    assert all(torch.equal(found.tensor(name), module.tensor(name)) for name in module.templates)
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [
