@@ -178,12 +178,13 @@ def test_layouts_are_guessed_from_cuts_and_files(folder: Path) -> None:
     cut = [((0, 0), 0), ((2, 0), 1)]
     entries = [
         entry("layers.0.a", cut),
-        entry("layers.1.a", [((0, 0), 1)]),  # another replica wrote it
+        entry("layers.1.a", [((0, 0), 1), ((2, 0), 3)]),  # other replicas wrote some of it
+        entry("layers.3.a", [((0, 0), 0)]),
         entry("layers.2.a", [(offset, rank + 4) for offset, rank in cut]),
         entry("layers.0.a", [((0, 0), 0), ((2, 0), 1), ((2, 2), 2)], "averages"),
     ]
     contents.entries = {each.fqn: each for each in entries}
     found = stored_layout(contents)
     assert (found.tensor_parallel, found.pipeline_stages, found.optimizer_cut_further) == (2, 2, True)
-    assert (found.writing_ranks, found.tensor_files, found.pieces) == (5, 5, {"2x1": 2})
-    assert pieces(entries[3]) == "3 pieces"
+    assert (found.writing_ranks, found.tensor_files, found.pieces) == (6, 6, {"2x1": 3})
+    assert pieces(entries[-1]) == "3 pieces"
