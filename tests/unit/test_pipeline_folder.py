@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import types
 from pathlib import Path
@@ -228,6 +229,30 @@ def test_taken_apart_and_put_together_again_nothing_changes(
     names = {path.relative_to(pipeline) for path in pipeline.rglob("*") if path.is_file()}
     assert names == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
     assert [name for name in names if file_sha256(pipeline / name) != file_sha256(again / name)] == []
+
+
+def test_a_failed_write_leaves_what_is_done_and_the_same_command_goes_on(
+    sources: dict[str, Path], pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, partial = tmp_path / "whole", tmp_path / "whole.partial"
+    arguments = [*options(sources), "--out", output, "--other-sizes", "--max-shard-gb", "0.0002"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for the files of the transformer, not for that of the VAE.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
+    try:
+        assert run(*arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "vae_v2.safetensors: File too large" in capsys.readouterr().err
+    assert not output.exists()
+    written = (partial / "transformer/config.json").stat().st_mtime_ns
+    assert run(*arguments) == 0
+    assert f"continuing {partial}" in capsys.readouterr().err
+    assert not partial.exists()
+    assert (output / "transformer/config.json").stat().st_mtime_ns == written
+    names = {path.relative_to(pipeline) for path in pipeline.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+    assert [name for name in names if file_sha256(pipeline / name) != file_sha256(output / name)] == []
 
 
 def test_what_the_public_code_cannot_load_is_refused(
