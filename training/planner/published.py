@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_video.parallel import ParallelConfig
@@ -58,8 +58,6 @@ class Row:
     """The constant that was fitted on this row; empty: a row to check against."""
     remark: str = ""
     """What is known of a row that does not come out."""
-    in_scope: bool = field(default=True)
-    """Whether 10 % is claimed for it."""
 
     def job(self, attention: float | None = None) -> Job:
         """As published; `attention` instead of the row's efficiency."""
@@ -158,6 +156,5 @@ ROWS = (
         attention=WAN_ATTENTION,
         remark="NeMo AutoModel: another program (diffusers in plain PyTorch), whose row on 8 GPUs, with one sample a "
         "GPU too, is 176 TFLOP/s; nothing published of its recomputation and kernels tells the two apart",
-        in_scope=False,
     ),
 )

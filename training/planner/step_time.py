@@ -56,9 +56,13 @@ class Seconds:
 
     @property
     def compute(self) -> float:
+        """What occupies the multiprocessors and leaves the links alone."""
+        return self.gemm + self.attention + self.elementwise
+
+    @property
+    def busy(self) -> float:
         """What keeps a stage busy: all that happens once for every micro-batch."""
-        parts = (self.gemm, self.attention, self.elementwise)
-        return sum(parts) + self.tensor_parallel + self.context_parallel + self.pipeline
+        return self.compute + self.tensor_parallel + self.context_parallel + self.pipeline
 
     def by_part(self) -> dict[str, float]:
         """Every part under its name."""
@@ -77,7 +81,7 @@ def step_seconds(job: Job) -> Seconds:
     busy = sum(
         (micro_batch_seconds(job, batch) * (count / job.replicas) for batch, count in job.step.items()), Seconds()
     )
-    return busy + Seconds(bubble=_bubble(job, busy.compute)) + _data_parallel(job, busy.compute) + _optimizer(job)
+    return busy + Seconds(bubble=_bubble(job, busy.busy)) + _data_parallel(job, busy.compute) + _optimizer(job)
 
 
 def micro_batch_seconds(job: Job, batch: MicroBatch) -> Seconds:
@@ -173,14 +177,14 @@ def _bubble(job: Job, busy: float) -> float:
     return busy * (stages - 1) / (job.micro_batches * job.chunks)
 
 
-def _data_parallel(job: Job, busy: float) -> Seconds:
+def _data_parallel(job: Job, compute: float) -> Seconds:
     parallel = job.parallel
     # Gradients are summed over context-parallel ranks too.
     ranks = round(job.replicas * parallel.context_parallel_size)
     if ranks <= 1:
         return Seconds()
     if parallel.use_megatron_fsdp:
-        return _fully_sharded(job, busy, ranks)
+        return _fully_sharded(job, compute, ranks)
     stride = parallel.tensor_model_parallel_size
     reduced = job.cluster.gather_seconds(job.stage_parameters * _GRADIENT_BYTES, ranks, stride)
     gathered = job.cluster.gather_seconds(job.stage_parameters * BYTES[job.precision], ranks, stride)
@@ -188,13 +192,13 @@ def _data_parallel(job: Job, busy: float) -> Seconds:
         # All-reduce of the gradients: reduce-scatter and all-gather.
         reduced, gathered = 2 * reduced, 0.0
     # Forward takes about a third of a micro-batch: the first one's hides the gather, the last one's rest the reduction.
-    one = busy / job.micro_batches
+    one = compute / job.micro_batches
     hidden = min(reduced, one * 2 / 3) if parallel.overlap_grad_reduce else 0.0
     hidden += min(gathered, one / 3) if parallel.overlap_param_gather else 0.0
     return Seconds(data_parallel=reduced + gathered - hidden, hidden_data_parallel=hidden)
 
 
-def _fully_sharded(job: Job, busy: float, ranks: int) -> Seconds:
+def _fully_sharded(job: Job, compute: float, ranks: int) -> Seconds:
     """Megatron-FSDP: weights gathered for forward and for backward, gradients reduced, in every micro-batch."""
     parallel = job.parallel
     stride, strategy = parallel.tensor_model_parallel_size, parallel.data_parallel_sharding_strategy
@@ -204,7 +208,7 @@ def _fully_sharded(job: Job, busy: float, ranks: int) -> Seconds:
     gradients = job.stage_parameters * _GRADIENT_BYTES * reductions
     traffic = job.cluster.gather_seconds(weights + gradients, ranks, stride)
     # Layer by layer, one layer ahead.
-    hidden = min(traffic, busy)
+    hidden = min(traffic, compute)
     return Seconds(data_parallel=traffic - hidden, hidden_data_parallel=hidden)
 
 
