@@ -144,11 +144,6 @@ def shard_limit(kind: Kind, given: int | None) -> int | None:
     return given or int(kind.shard_gigabytes * GIGABYTE)
 
 
-def kind_of(config: Any) -> Kind:
-    """The kind that a dataclass of sizes belongs to."""
-    return next(kind for kind in KINDS.values() if isinstance(config, kind.config))
-
-
 def read_model(checkpoint: Path) -> Model:
     """What a megatron-core checkpoint holds, by its config.yaml.
 
