@@ -69,8 +69,18 @@ class Form:
 
 
 def _foreign(stored: StoredTensors, reading: Reading) -> Weights:
+    """The model among stored tensors."""
     model = find_model(stored.origin, reading.config, reading.tell)
     return ForeignWeights(stored, model, reading.key, reading.ignored, reading.tell)
+
+
+def _deepspeed(form: Callable[[Path, Values, bool], StoredTensors], path: Path, reading: Reading) -> StoredTensors:
+    try:
+        return form(path, reading.deepspeed_weights, reading.trust_pickle)
+    # Files that are whole and hold other things where DeepSpeed has its own.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not laid out as DeepSpeed 0.9 or later lays it out ({reason})") from None
 
 
 def _is_core(path: Path) -> bool:
@@ -94,18 +104,14 @@ FORMS = (
         "universal checkpoint of DeepSpeed",
         "a folder with zero/NAME/fp32.pt, or whose file latest_universal names one",
         is_universal,
-        lambda path, reading: _foreign(
-            UniversalCheckpoint(path, reading.deepspeed_weights, reading.trust_pickle), reading
-        ),
+        lambda path, reading: _foreign(_deepspeed(UniversalCheckpoint, path, reading), reading),
     ),
     Form(
         "deepspeed",
         "DeepSpeed checkpoint of ZeRO 0, 1, 2 or 3",
         "a folder with *mp_rank_00_model_states.pt, or whose file latest names one",
         is_deepspeed,
-        lambda path, reading: _foreign(
-            DeepSpeedCheckpoint(path, reading.deepspeed_weights, reading.trust_pickle), reading
-        ),
+        lambda path, reading: _foreign(_deepspeed(DeepSpeedCheckpoint, path, reading), reading),
     ),
     Form(
         "torch-dcp",

@@ -314,3 +314,24 @@ def test_convert_takes_them_and_the_options(folder: Path, capsys: pytest.Capture
     options = ["--key", "a.model", "--ignore", "rope", "--config", str(folder / "config.yaml"), "--form", "torch"]
     assert run_command(cli.main, [*command, "--trust-pickle", *options]) == 0
     assert_holds(CoreCheckpoint(out), weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"module": 3},
+        {"param_shapes": [3]},
+        {"param_shapes": [{"proj_out.bias": "wide"}]},
+        {"shared_params": {"a": "b"}},
+        {"frozen_param_shapes": {"a": torch.Size([2])}},
+        {"param_shapes": [{"proj_out.bias": torch.Size([9])}]},
+    ],
+    ids=str,
+)
+def test_a_deepspeed_checkpoint_that_holds_other_things_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    optimizer = {"zero_stage": 1, "partition_count": 1, "single_partition_of_fp32_groups": [torch.ones(4)]}
+    _saved(folder, {"optimizer_state_dict": optimizer}, "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    model = {"module": {}, "param_shapes": [{"proj_out.bias": torch.Size([4])}], **changes}
+    _saved(folder, model, "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match=r"is not laid out as DeepSpeed|lists parameters of 9 values, .* hold 4"):
+        open_weights(folder)
