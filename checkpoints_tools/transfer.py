@@ -77,9 +77,11 @@ def transfer(
             bar.update(tensor.nbytes)
             notes.add(tensor.nbytes, done, sink)
             del tensor
+    # From there it can be finished again.
+    position = sink.position()
     sink.finish()
     if journal is not None:
-        journal.note(done, sink.position())
+        journal.note(done, position)
     return done
 
 
@@ -155,8 +157,11 @@ class _Notes:
     def __enter__(self) -> _Notes:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown()
+        if kind is None and self._running is not None:
+            # The kernel tells an error of the disk once; a later fsync may not hear of it.
+            self._running.result()
 
     def add(self, count: int, done: Mapping[str, str], sink: Sink) -> None:
         """So many bytes more were written; `done` are all tensors so far."""

@@ -284,6 +284,29 @@ def test_a_killed_conversion_goes_on_where_it_stood(
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("to", ["core", "released"])
+def test_one_that_was_killed_at_its_very_end_is_finished_again(
+    run: Path, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    source, options = (released, Options()) if to == "core" else (run, Options(shard_bytes=100_000))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for owner, step in (Journal, "publish"), (transfer, "forget_pages"):
+        monkeypatch.setattr(owner, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", options=options)
+        monkeypatch.undo()
+        assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", options=options)
+    convert(source, tmp_path / "plain", options=options)
+    for path in (tmp_path / "plain").iterdir():
+        if path.name != "train_state.json":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert to == "released" or verify(tmp_path / "out").faults == []
+
+
 def test_another_source_or_other_arguments_start_anew(released: Path, tmp_path: Path, capsys: Capture) -> None:
     source = copy_with(released, tmp_path / "source")
     arguments = ["--in", str(source), "--out", str(tmp_path / "out")]
