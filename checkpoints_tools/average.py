@@ -150,7 +150,7 @@ class Averaging:
     def write(self) -> None:
         """Write it, with what it was made of in average.json; see derived.write_derived."""
         settings = {"shares": self.mix.shares, "ema": self.options.ema, "dtype": str(self.options.dtype)}
-        derivation = Derivation("average", [source.origin for source in self.opened], settings)
+        derivation = Derivation("average", [source.origin for source in self.opened], settings, self.options.reading)
         write_derived(self.mean, self.output, derivation, lambda: asdict(self.report()))
 
 

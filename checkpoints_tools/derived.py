@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,15 @@ class Derivation:
     sources: Sequence[Path]
     settings: Mapping[str, Any]
     """Plain values."""
+    reading: Reading = field(default_factory=Reading)
+    """Of the sources."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        reading = {name: str(value) for name, value in vars(self.reading).items() if name != "tell"}
+        source = source_identity(*self.sources, *self.reading.files)
+        return {"command": self.command, "source": source, "reading": reading, **self.settings}
 
 
 def check_output(weights: Weights, output: Output) -> None:
@@ -79,8 +88,7 @@ def write_derived(
         UserError: a tensor that is not finite, or that the disk does not give back.
         OSError: naming the file that could not be written.
     """
-    identity = {"source": source_identity(*derivation.sources), "to": output.to, **derivation.settings}
-    with begin_output(output.path, {"command": derivation.command, **identity}) as journal:
+    with begin_output(output.path, derivation.identity | {"to": output.to}) as journal:
         sink = _sink(journal.folder, weights, output.to)
         digests = transfer(sink, lambda name: _finite(weights, name), journal, f"write {output.path.name}")
         if output.to == "released":

@@ -23,7 +23,7 @@ from checkpoints_tools.derived import (
     told_output,
     write_derived,
 )
-from checkpoints_tools.forms import add_reading_options, reading_of
+from checkpoints_tools.forms import Reading, add_reading_options, reading_of
 from checkpoints_tools.models import KINDS
 from checkpoints_tools.upcycle_plan import OUTPUT_PROJECTIONS, PATCH_WEIGHT, SCHEDULES, Plan, make_plan
 from checkpoints_tools.weights import Model, Weights, check_tensors, digest, total_digest
@@ -130,7 +130,7 @@ def describe(weights: UpcycledWeights, output: Output, averaged: bool) -> Upcycl
     )
 
 
-def upcycle(weights: UpcycledWeights, output: Output, averaged: bool = False) -> Upcycling:
+def upcycle(weights: UpcycledWeights, output: Output, averaged: bool, reading: Reading) -> Upcycling:
     """Write the new model's weights, and upcycle.json beside them.
 
     Raises:
@@ -144,7 +144,7 @@ def upcycle(weights: UpcycledWeights, output: Output, averaged: bool = False) ->
         def record() -> dict[str, Any]:
             return settings | {"source_digest": weights.source_digest()}
 
-        write_derived(weights, output, Derivation("upcycle", [weights.origin], settings), record)
+        write_derived(weights, output, Derivation("upcycle", [weights.origin], settings, reading), record)
     return report
 
 
@@ -219,14 +219,15 @@ def _numbers(text: str) -> list[int]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    source = open_source(arguments.source, arguments.ema, reading_of(arguments))
+    reading = reading_of(arguments)
+    source = open_source(arguments.source, arguments.ema, reading)
     if source.model.kind != "dit":
         raise UserError(f"{source.origin} holds a {KINDS[source.model.kind].title}; only a video DiT can be upcycled")
     check_tensors(source)
     new = new_config(source.model, arguments)
     plan = make_plan(source.model.config, new, arguments.layers, arguments.depth_schedule, arguments.zero_new)
     weights, output = UpcycledWeights(source, plan), output_of(arguments)
-    report = upcycle(weights, output, arguments.ema)
+    report = upcycle(weights, output, arguments.ema, reading)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
     else:

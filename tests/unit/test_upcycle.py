@@ -20,7 +20,8 @@ from checkpoints_tools import transfer
 from checkpoints_tools.cli import main
 from checkpoints_tools.convert import convert
 from checkpoints_tools.core import CoreCheckpoint
-from checkpoints_tools.forms import open_weights
+from checkpoints_tools.derived import Derivation
+from checkpoints_tools.forms import Reading, open_weights
 from checkpoints_tools.models import KINDS
 from checkpoints_tools.upcycle import UpcycledWeights
 from checkpoints_tools.upcycle_plan import Plan, blocks, evenly, interleave, make_plan, stack
@@ -304,6 +305,20 @@ def test_a_stopped_command_goes_on(
     layers_of(tmp_path / "out", run, [0, 0, 1, 1])
     records = [json.loads((tmp_path / name / "upcycle.json").read_text()) for name in ("whole", "out")]
     assert records[0]["source_digest"] == records[1]["source_digest"]
+
+
+def test_what_was_begun_with_another_reading_does_not_go_on(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(b"1")
+
+    def identity(**reading: Any) -> dict[str, Any]:
+        return Derivation("upcycle", [tmp_path / "source"], {"layers": [0]}, Reading(**reading)).identity
+
+    assert identity() == identity(tell=print)
+    with_adapter = identity(loras=(str(adapter),))
+    assert len({json.dumps(each) for each in (identity(), identity(ignored=("x",)), with_adapter)}) == 3
+    adapter.write_bytes(b"12")
+    assert identity(loras=(str(adapter),)) != with_adapter
 
 
 def test_plans_name_their_sources() -> None:
