@@ -125,7 +125,7 @@ FORMS = (
         "released Hugging Face form",
         "a folder with *.safetensors (or CLIP's pytorch_model.bin and config.json), or one file *.safetensors",
         is_released,
-        lambda path, reading: ReleasedFolder(path, reading.kind, reading.config, reading.tell),
+        lambda path, reading: ReleasedFolder(path, reading.kind, reading.config, reading.tell, reading.trust_pickle),
     ),
     Form(
         "core",

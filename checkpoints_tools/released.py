@@ -65,18 +65,24 @@ class ReleasedFolder:
         kind: key in KINDS; None: found out by config.json or the tensors' names.
         config: config.json that lies elsewhere.
         tell: gets a line about what was assumed and what is left out.
+        trust_pickle: run whatever a pytorch_model.bin asks for.
 
     Raises:
         UserError: no weights, a file that is damaged, a model that is not known or not clear.
     """
 
     def __init__(
-        self, path: Path, kind: str | None = None, config: Path | None = None, tell: Tell = _to_stderr
+        self,
+        path: Path,
+        kind: str | None = None,
+        config: Path | None = None,
+        tell: Tell = _to_stderr,
+        trust_pickle: bool = False,
     ) -> None:
         self._path = path
         folder = _model_folder(path)
         config_file = config or (folder if folder.is_dir() else folder.parent) / CONFIG_FILE
-        self._files = _open_files(folder, KINDS[kind].stem if kind else None)
+        self._files = _open_files(folder, KINDS[kind].stem if kind else None, trust_pickle)
         values = _read_sizes(config_file, config is not None, self._files)
         key = kind or recognise(values, self._files.templates, path)
         parts = _parts(KINDS[key], self._files.templates)
@@ -178,7 +184,7 @@ def _model_folder(path: Path) -> Path:
     return inner if inner.is_dir() else path
 
 
-def _open_files(path: Path, stem: str | None) -> _Stored:
+def _open_files(path: Path, stem: str | None, trust_pickle: bool) -> _Stored:
     if path.is_file():
         return SafetensorsFiles([path])
     stems = [stem] if stem else sorted({kind.stem for kind in KINDS.values()})
@@ -186,7 +192,7 @@ def _open_files(path: Path, stem: str | None) -> _Stored:
     if len(found) > 1:
         raise UserError(f"{path} holds several models: {', '.join(found)}; give one file, or say which with --kind")
     if not found and not any(path.glob(f"*{SUFFIX}")) and (path / PICKLED_FILE).is_file():
-        return TorchFile(path / PICKLED_FILE)  # as CLIP is released
+        return TorchFile(path / PICKLED_FILE, trust_pickle)  # as CLIP is released
     return SafetensorsFiles(find_weight_files(path, found[0] if found else None))
 
 

@@ -162,6 +162,17 @@ def test_a_pickle_that_runs_something_does_not(folder: Path, capsys: pytest.Capt
     assert f"warning: --trust-pickle: running what the pickle in {path} asks for" in capsys.readouterr().err
 
 
+def test_so_does_a_released_folder_with_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _saved(tmp_path, {"weights": torch.ones(3), "callback": Malicious(tmp_path / "mark")}, "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin asks to run posix\.mkdir.*--trust-pickle"):
+        open_weights(tmp_path)
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(UserError):  # the weights are no model's
+        open_weights(tmp_path, Reading(trust_pickle=True))
+    assert (tmp_path / "mark").is_dir()
+
+
 def test_several_sets_of_weights_are_told_apart_by_key(folder: Path) -> None:
     first, second = released_weights(1), released_weights(2)
     path = _saved(folder, {"model": first, "ema": second, "mine": {"shadow": first}})
