@@ -27,8 +27,8 @@ from checkpoints_tools.journal import (
     tell_on_stderr,
 )
 from checkpoints_tools.transfer import verify_digests
-from checkpoints_tools.weights import check_tensors, is_finite
 from checkpoints_tools.verify import verify as check_files
+from checkpoints_tools.weights import check_tensors, is_finite
 from checkpoints_tools.wording import bytes_text
 from megatron_video.errors import UserError
 from training.checkpoint import read_config, read_model_config
