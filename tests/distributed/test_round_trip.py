@@ -10,6 +10,7 @@ from golden_released import with_weights
 from round_trip import PAIRS, RESHARDED, golden_case, pair_trip, reshard_trip, whole_trip
 
 from checkpoints_tools.reshard import Target
+from megatron_video.parallel import destroy_parallel
 from training.layout_matrix.table import Dtype
 from training.local_ranks import RankPool
 
@@ -21,7 +22,10 @@ def test_released_weights_come_back_through_ranks_of_two_layouts(ranks: RankPool
     assert (trip.before, trip.different) == (trip.after, [])
     case = golden_case()
     # Output in fp32 and bf16, and all gradients.
-    golden_dit.run(case.meta, with_weights(case, dict(weights)), case.folder, case.name)
+    try:
+        golden_dit.run(case.meta, with_weights(case, dict(weights)), case.folder, case.name)
+    finally:
+        destroy_parallel()
 
 
 @pytest.mark.parametrize(
