@@ -98,6 +98,10 @@ def compare(first: Tensor, second: Tensor) -> Difference:
     differing, largest, ulp = 0, 0.0, 0
     bits = _BITS.get(first.dtype) if first.dtype == second.dtype else None
     for a, b in zip(_blocks(first), _blocks(second), strict=True):
+        # Conversions and copies are compared most: twenty times as fast.
+        if (square := _square_if_same(a, b)) is not None:
+            sums[1:] += square
+            continue
         x, y, unequal = a.double(), b.double(), _unequal(a, b)
         if unequal.any():
             differing += int(unequal.sum())
@@ -113,6 +117,17 @@ def compare(first: Tensor, second: Tensor) -> Difference:
     cosine = max(-1.0, min(1.0, float(sums[3]) / norm / other)) if norm and other else None
     max_ulp = None if bits is None else ulp
     return Difference(first.numel(), differing, largest, gap_norm, norm or other, cosine, max_ulp)
+
+
+def _square_if_same(first: Tensor, second: Tensor) -> float | None:
+    """The squared L2 norm of two tensors with the same bits, all finite; else None."""
+    if first.dtype != second.dtype:
+        return None
+    bits = _INTEGERS[first.element_size()]
+    if not torch.equal(first.view(bits), second.view(bits)):
+        return None
+    square = float(torch.linalg.vector_norm(first.double())) ** 2
+    return square if math.isfinite(square) else None
 
 
 def _unequal(first: Tensor, second: Tensor) -> Tensor:
