@@ -95,7 +95,9 @@ def refusals(work: Path) -> str:
             code, message = run_refusal(refusal)
             as_expected = code == refusal.code and refusal.says in message and not Path("out").exists()
             written += as_expected
-            rows.append([f"`{refusal.command}`", str(code), _one_line(message.replace(f"{work}/", "").replace(str(work), "."))])
+            rows.append(
+                [f"`{refusal.command}`", str(code), _one_line(message.replace(f"{work}/", "").replace(str(work), "."))]
+            )
             print(f"{'ok' if as_expected else 'OTHER THAN EXPECTED'}  {refusal.command}", flush=True)
         parts += [f"## {group}", markdown_table(["`megatron-video ckpt ...`", "exit code", "message"], rows)]
     parts.append(f"{written} of {count} commands said what the table in `tests/ckpt_refusals.py` expects.")
