@@ -6,6 +6,8 @@ The table holds module names, not imports: `megatron_video` depends on no other 
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -34,14 +36,26 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("megatron_video.doctor", "what is installed, which backends work, and what to do about what is missing"),
 }
 
+# What a shell reports for a process that SIGPIPE ended.
+CLOSED_PIPE_EXIT_CODE = 141
+
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Call a command's `main`; bad input or a full disk becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call a command's `main`; bad input or a full disk becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    Where its output goes into a pipe that is closed before the end, as by `head`, it stops without a word, with 141.
+    """
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT_EXIT_CODE
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return CLOSED_PIPE_EXIT_CODE
     except OSError as error:
         # Stages that know their folder say more; others must not end with a traceback either.
         if error.errno not in FULL_DISK:
@@ -52,6 +66,18 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more; what is left of it is then thrown away."""
+    # The broken pipe may be another one, such as a worker's.
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in watch.poll(0))
+    if left:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def main() -> None:
