@@ -97,7 +97,7 @@ def _check(ranks: RankPool, case: LayoutCase, workload: Workload) -> None:
     assert not errors.above(TOLERANCES["float32"]), errors
 
 
-@settings(max_examples=6, derandomize=True, **COMMON)
+@settings(max_examples=4, derandomize=True, **COMMON)
 @given(drawn=cases())
 def test_drawn_layouts_agree_with_one_process(ranks: RankPool, drawn: tuple[LayoutCase, Workload]) -> None:
     _check(ranks, *drawn)

@@ -142,6 +142,7 @@ def test_a_killed_workers_shard_is_redone_and_no_other(prepared: Prepared, tmp_p
     assert contents(tmp_path) == contents(prepared.shards)
 
 
+@pytest.mark.heavy
 def test_when_all_are_killed_the_next_run_goes_on(prepared: Prepared, tmp_path: Path) -> None:
     with started(prepared.command(tmp_path, workers=2)) as process:
         while not list(tmp_path.glob("parts/*.rows.parquet")):

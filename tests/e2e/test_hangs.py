@@ -45,6 +45,7 @@ def seconds_to_name(run_dir: Path) -> float:
     return datetime.fromisoformat(read_events(run_dir, "hang")[0]["time"]).timestamp() - last
 
 
+@pytest.mark.heavy
 def test_a_rank_that_sleeps_in_the_loader_is_named(folder: Path) -> None:
     sleeping = {"kind": "sleep", "rank": 1, "step": STEP, "seconds": 1000}
     (code_0, output_0), (code_1, output_1) = run_without_launcher(folder, "loader", *LIMITS, faults=[sleeping])

@@ -27,9 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("phase", "fault"),
     [
         ("data", {"kind": "sleep", "rank": 1, "step": 0, "last": 1000, "seconds": 0.5}),
-        pytest.param(
-            "forward_backward", {"kind": "slow_forward", "rank": 0, "seconds": 0.3}, marks=pytest.mark.heavy
-        ),
+        pytest.param("forward_backward", {"kind": "slow_forward", "rank": 0, "seconds": 0.3}, marks=pytest.mark.heavy),
     ],
 )
 def test_the_slow_rank_is_named_and_no_other(folder: Path, phase: str, fault: dict[str, Any]) -> None:
