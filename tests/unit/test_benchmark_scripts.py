@@ -27,6 +27,7 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.heavy
 def test_block_bench_times_ours_and_the_plain_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--hidden 64 --head-dim 16 --tokens 20 --shards 1 2 --layers 1 2 --text-tokens 9 --hidden-text 2"
     file = tmp_path / "block.json"

@@ -56,6 +56,7 @@ def test_segment_finds_the_cuts_that_scenedetect_finds(tmp_path: Path) -> None:
     assert [list(row["scenes"].values()) for row in content["rows"]] == [[[0, 20, 40]]] * 2
 
 
+@pytest.mark.heavy
 def test_encode_time_adds_up_and_memory_is_that_of_the_child(tmp_path: Path) -> None:
     file = tmp_path / "encode.json"
     encode_memory_bench.main(["--lengths", "17", "--size", "32", "48", "--time-bucket", "17x32x48", "--clips", "2",

@@ -176,6 +176,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.heavy
 def test_an_item_that_kills_every_worker_is_lost_alone() -> None:
     assert list(parallel_map(die, range(12), workers=2, lost=lambda number: -number)) == [0, 1, 2, -3, *range(4, 12)]
     with pytest.raises(UserError, match="3 killed 3 worker processes"):
@@ -205,6 +206,7 @@ def kill_reader(row: Row) -> list[Row]:
     return [row]
 
 
+@pytest.mark.heavy
 def test_a_clip_that_crashes_its_reader_is_a_dropped_row(tmp_path: Path) -> None:
     rows = [{"source": f"/videos/{name}.mp4", "clip_id": name} for name in ("a", "b", "crash", "c", "d", "e")]
     write_manifest(table_from_rows(rows), tmp_path / "in.parquet")

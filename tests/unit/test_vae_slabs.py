@@ -145,6 +145,7 @@ def test_bytes_are_scaled_as_floats_are(vae: VideoVAE) -> None:
     assert torch.equal(vae.encode_moments(pixels), vae.encode_moments(pixels.float() / 127.5 - 1))
 
 
+@pytest.mark.heavy
 def test_memory_of_encode_does_not_grow_with_the_length() -> None:
     short, long = peak_megabytes(34), peak_megabytes(340)
     # Ten times the frames; a second chunk alive would double it.
