@@ -29,6 +29,7 @@ from checkpoints_tools.forms import Reading, add_reading_options, open_weights, 
 from checkpoints_tools.mixed_weights import MixedWeights, check_sources
 from checkpoints_tools.reconstruct import WantedAverage, reconstruct, recorded_step
 from checkpoints_tools.weights import Weights
+from checkpoints_tools.wording import weighted_path
 from megatron_video.errors import UserError
 
 
@@ -48,17 +49,12 @@ class Source:
         Raises:
             UserError: a weight that is not above 0.
         """
-        path, separator, weight = text.rpartition("=")
-        # A folder may be named runs/lr=1e-4.
-        if not separator or Path(text).exists():
-            return Source(Path(text))
-        try:
-            value = float(weight)
-        except ValueError:  # the sign belongs to the path
-            return Source(Path(text))
-        if not 0 < value < math.inf:
-            raise UserError(f"{text}: the weight {weight} must be above 0; leave the checkpoint out instead")
-        return Source(Path(path), value)
+        path, weight = weighted_path(text)
+        if weight is None:
+            return Source(path)
+        if not 0 < weight < math.inf:
+            raise UserError(f"{text}: the weight {weight:g} must be above 0; leave the checkpoint out instead")
+        return Source(path, weight)
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,15 @@ from checkpoints_tools.core_contents import CoreContents, Entry, Part
 from checkpoints_tools.core_writer import Beside, Cut, Cuts, write_core
 from checkpoints_tools.journal import (
     Journal,
-    Tell,
     begin_output,
     check_absent,
     check_room,
     source_identity,
-    tell_on_stderr,
 )
 from checkpoints_tools.transfer import verify_digests
 from checkpoints_tools.verify import verify as check_files
 from checkpoints_tools.weights import check_tensors, is_finite
-from checkpoints_tools.wording import bytes_text
+from checkpoints_tools.wording import Tell, bytes_text, tell_on_stderr
 from megatron_video.errors import UserError
 from training.checkpoint import read_config, read_model_config
 from training.checkpoint_files import read_state_values

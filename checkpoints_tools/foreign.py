@@ -7,7 +7,7 @@ ends of the stored ones. What stands before them must be known, and be one thing
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from checkpoints_tools.models import KINDS
 from checkpoints_tools.released import CONFIG_FILE, read_config
 from checkpoints_tools.torch_files import StoredTensors
 from checkpoints_tools.weights import Model
+from checkpoints_tools.wording import Tell
 from megatron_video.config_io import build_config
 from megatron_video.errors import UserError
 
@@ -45,8 +46,6 @@ TOP = "."
 """The key of tensors that no dict holds."""
 YAML_FILE = "config.yaml"
 _SHOWN = 5
-
-Tell = Callable[[str], None]
 
 
 class ForeignWeights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,16 @@ from checkpoints_tools.core import CoreCheckpoint
 from checkpoints_tools.core_contents import METADATA_FILE
 from checkpoints_tools.deepspeed_files import DeepSpeedCheckpoint, Values, is_deepspeed
 from checkpoints_tools.deepspeed_universal import UniversalCheckpoint, is_universal
-from checkpoints_tools.foreign import ForeignWeights, Tell, find_model
+from checkpoints_tools.foreign import ForeignWeights, find_model
 from checkpoints_tools.lora import AdapterSource, merged
 from checkpoints_tools.models import KINDS
 from checkpoints_tools.released import ReleasedFolder, is_released
 from checkpoints_tools.torch_files import SUFFIXES, StoredTensors, TorchDistributedCheckpoint, TorchFile
 from checkpoints_tools.torch_pickles import TRUST_OPTION
 from checkpoints_tools.weights import Weights
+from checkpoints_tools.wording import Tell, tell_on_stderr
 from megatron_video.errors import UserError
 from training.checkpoint_files import STATE_FILE
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Reading:
     """Which weights of DeepSpeed's."""
     loras: tuple[str, ...] = ()
     """Adapters to merge, PATH or PATH=WEIGHT."""
-    tell: Tell = _tell
+    tell: Tell = tell_on_stderr
     """Gets a line about everything that was chosen."""
 
     @property

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.wording import Tell, tell_on_stderr
 from megatron_video import __version__
 from megatron_video.errors import UserError
 from megatron_video.files import rename_durably, sync
@@ -26,12 +26,6 @@ JOURNAL_FILE = ".journal.json"
 _LOCK_SUFFIX = ".lock"
 # For metadata beside the tensors.
 _SPARE_BYTES = 1 << 20
-Tell = Callable[[str], None]
-
-
-def tell_on_stderr(line: str) -> None:
-    """Print a line beside the report, which stdout has for itself."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass

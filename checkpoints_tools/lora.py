@@ -13,6 +13,7 @@ from torch import Tensor
 from checkpoints_tools.foreign import ROOTS, unwrapped
 from checkpoints_tools.lora_files import Adapter, LowRank
 from checkpoints_tools.weights import Model, Weights
+from checkpoints_tools.wording import weighted_path
 from megatron_video.errors import UserError
 
 # What PEFT puts before the names of the model it wraps.
@@ -33,16 +34,12 @@ class AdapterSource:
         Raises:
             UserError: a weight that is 0 or not finite.
         """
-        path, separator, weight = text.rpartition("=")
-        if not separator or Path(text).exists():
-            return AdapterSource(Path(text))
-        try:
-            value = float(weight)
-        except ValueError:
-            return AdapterSource(Path(text))
-        if value == 0 or not math.isfinite(value):
-            raise UserError(f"--lora {text}: the weight {weight} must be a number other than 0")
-        return AdapterSource(Path(path), value)
+        path, weight = weighted_path(text)
+        if weight is None:
+            return AdapterSource(path)
+        if weight == 0 or not math.isfinite(weight):
+            raise UserError(f"--lora {text}: the weight {weight:g} must be a number other than 0")
+        return AdapterSource(path, weight)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from checkpoints_tools.models import KINDS
 from checkpoints_tools.released import CLIP_MODEL_FOLDER, PIPELINE_FILE
 from checkpoints_tools.released_config import config_text
+from checkpoints_tools.released_fields import VAE_FIELDS
 from checkpoints_tools.weights import Model
 from megatron_video.config_io import config_to_dict
 from megatron_video.errors import UserError
@@ -64,16 +65,7 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
 # Sizes that are written into the public code and not read from any file.
 CODED_SIZES: dict[str, tuple[str, ...]] = {
     "transformer": ("attention_head_dim",),
-    "vae": (
-        "latent_channels",
-        "encoder_channels",
-        "encoder_multipliers",
-        "decoder_channels",
-        "decoder_multipliers",
-        "num_res_blocks",
-        "chunk_frames",
-        "chunk_latents",
-    ),
+    "vae": VAE_FIELDS.shared,
     "clip": ("caption_max_length",),
     "llm": ("caption_max_length",),
 }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,9 +28,9 @@ from checkpoints_tools.safetensors_files import (
 )
 from checkpoints_tools.torch_files import TorchFile
 from checkpoints_tools.weights import Model
+from checkpoints_tools.wording import Tell, tell_on_stderr
 from megatron_video.errors import UserError
 
-GIGABYTE = 1_000_000_000
 PIPELINE_FILE = "model_index.json"
 # In the header of a file that is to stand alone: the text of its config.json.
 CONFIG_KEY = "config.json"
@@ -39,8 +38,6 @@ PICKLED_FILE = "pytorch_model.bin"
 # The released CLIP keeps its weights and its tokenizer in two folders beside each other.
 CLIP_MODEL_FOLDER = "clip_text_encoder"
 _SHOWN = 5
-
-Tell = Callable[[str], None]
 
 
 class _Stored(Protocol):
@@ -50,10 +47,6 @@ class _Stored(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class ReleasedFolder:
@@ -76,7 +69,7 @@ class ReleasedFolder:
         path: Path,
         kind: str | None = None,
         config: Path | None = None,
-        tell: Tell = _to_stderr,
+        tell: Tell = tell_on_stderr,
         trust_pickle: bool = False,
     ) -> None:
         self._path = path
@@ -125,7 +118,7 @@ def is_released(path: Path) -> bool:
     return folders or pickled or any(path.glob(f"*{SUFFIX}"))
 
 
-def read_config(path: Path, names: Iterable[str] = (), tell: Tell = _to_stderr) -> Model:
+def read_config(path: Path, names: Iterable[str] = (), tell: Tell = tell_on_stderr) -> Model:
     """The model of a config.json.
 
     Args:
@@ -141,7 +134,7 @@ def read_config(path: Path, names: Iterable[str] = (), tell: Tell = _to_stderr) 
     return _model(kind, values, {name: name for name in names}, path, tell)
 
 
-def released_config(model: Model, templates: Mapping[str, Tensor], tell: Tell = _to_stderr) -> str:
+def released_config(model: Model, templates: Mapping[str, Tensor], tell: Tell = tell_on_stderr) -> str:
     """Content of the config.json that the released code reads.
 
     Args:
@@ -161,7 +154,7 @@ def released_config(model: Model, templates: Mapping[str, Tensor], tell: Tell = 
     return config_text(values)
 
 
-def write_config(folder: Path, model: Model, templates: Mapping[str, Tensor], tell: Tell = _to_stderr) -> None:
+def write_config(folder: Path, model: Model, templates: Mapping[str, Tensor], tell: Tell = tell_on_stderr) -> None:
     """Write what `released_config` makes."""
     (folder / CONFIG_FILE).write_text(released_config(model, templates, tell), encoding="utf-8")
 

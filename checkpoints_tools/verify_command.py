@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from checkpoints_tools.diff_command import DIFFERENT_EXIT_CODE
 from checkpoints_tools.forms import Reading, find_form
 from checkpoints_tools.verify import UNFINISHED, Verdict, checkpoints_of
 from checkpoints_tools.verify_weights import Wanted, verify_core, verify_weights, wanted_like, wanted_of_config
+from checkpoints_tools.wording import tell_on_stderr
 from megatron_video.errors import UserError
 
 
@@ -59,7 +59,7 @@ def _verdicts(arguments: argparse.Namespace) -> Iterator[Verdict]:
         yield verify_weights(path, Reading(config=config), wanted, arguments.quick)
         return
     for folder in checkpoints_of(path, arguments.all):
-        yield verify_core(folder, wanted, arguments.quick, arguments.threads, _tell)
+        yield verify_core(folder, wanted, arguments.quick, arguments.threads, tell_on_stderr)
 
 
 def _wanted(arguments: argparse.Namespace) -> Wanted | None:
@@ -68,10 +68,6 @@ def _wanted(arguments: argparse.Namespace) -> Wanted | None:
     if arguments.like:
         return wanted_like(arguments.like, Reading())
     return wanted_of_config(arguments.config) if arguments.config else None
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _lines(verdict: Verdict, quick: bool) -> Iterator[str]:

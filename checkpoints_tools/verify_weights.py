@@ -21,14 +21,12 @@ from checkpoints_tools.verify import UNFINISHED, Verdict, unfinished_fault, veri
 from checkpoints_tools.verify_core import core_faults, extra_files
 from checkpoints_tools.verify_files import file_faults
 from checkpoints_tools.weights import Model, Weights, is_finite
-from checkpoints_tools.wording import shape_text
+from checkpoints_tools.wording import Tell, shape_text
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.errors import UserError
 from training.checkpoint_files import read_state_values
 from training.checkpoint_folders import find_checkpoint
 from training.config import PRESET_DIR, PretrainConfig
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

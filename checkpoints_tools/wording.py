@@ -1,15 +1,36 @@
-"""How names, sizes and times are put in reports."""
+"""How the commands talk: names, sizes and times in reports, lines about progress, values on the command line."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
+Tell = Callable[[str], None]
+"""Gets a line about what was chosen, found or done."""
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def tell_on_stderr(line: str) -> None:
+    """Print a line beside the report, which stdout has for itself."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def weighted_path(text: str) -> tuple[Path, float | None]:
+    """Read PATH or PATH=WEIGHT; without a weight, None. What follows a `=` and is no number belongs to the path."""
+    path, separator, weight = text.rpartition("=")
+    # A folder may be named runs/lr=1e-4.
+    if not separator or Path(text).exists():
+        return Path(text), None
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        return Path(text), None
 
 
 def group_of(name: str) -> str:
