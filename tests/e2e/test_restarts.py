@@ -39,7 +39,8 @@ def undisturbed(folder: Path) -> dict[int, float]:
 
 def test_four_ranks_of_which_one_is_killed_at_a_random_step(folder: Path, undisturbed: dict[int, float]) -> None:
     draw = random.Random(os.getpid())
-    killed = {"kind": "send", "rank": draw.randrange(4), "step": draw.randrange(8, STEPS - 2), "signal": "SIGKILL"}
+    # Late enough that the first checkpoint, which is written while training goes on, is certainly complete.
+    killed = {"kind": "send", "rank": draw.randrange(4), "step": draw.randrange(16, STEPS - 2), "signal": "SIGKILL"}
     launch = ("--standalone", "--nproc-per-node", "4", "--max-restarts", "2")
     result = run(folder, "killed", *LENGTH, faults=[killed], launch=launch)
     assert result.returncode == 0, result.stdout
