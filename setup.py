@@ -82,7 +82,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_video*", "data_prep*", "training*", "checkpoints_tools*", "slurm*"]),
-    package_data={"megatron_video": ["VERSION"], "training": ["configs/*/*.yaml"], "data_prep": ["*.yaml"], "slurm": ["*.sh", "*.sbatch", "profiles/*.yaml"]},
+    package_data={
+        "megatron_video": ["VERSION"],
+        "training": ["configs/*/*.yaml"],
+        "data_prep": ["*.yaml"],
+        "slurm": ["*.sh", "*.sbatch", "profiles/*.yaml"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-video = megatron_video.cli:main"]},
