@@ -17,6 +17,24 @@ from megatron_video.config_io import config_dataclass, load_config
 PROFILE_DIR = Path(__file__).parent / "profiles"
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Limits of Preflight that are numbers.
+_FLOORS = (
+    "max_remapped_rows",
+    "nvlinks",
+    "fabric_ports",
+    "min_free_memory_gib",
+    "min_local_free_gib",
+    "min_local_write",
+    "min_local_read",
+    "min_shared_free_gib",
+    "min_shared_write",
+    "min_shared_read",
+    "max_visible_seconds",
+    "max_skew_seconds",
+    "min_gemm_tflops",
+    "max_gemm_errors",
+    "min_allreduce_gb_s",
+)
 
 
 @config_dataclass
@@ -150,12 +168,90 @@ class Heartbeat:
 
 @config_dataclass
 class Preflight:
-    """What a node must reach before a job starts on it; null or false leaves a check out."""
+    """What a node must reach before a job starts on it; null (or false) leaves a check out."""
 
     enabled: bool = True
     """Check all nodes before every start."""
     action: Literal["exclude", "drain"] = "exclude"
     """A bad node: left out of this run, or drained for everyone too (needs the rights of an operator)."""
+    scores: str | None = None
+    """Folder of the whole cluster's measurements, one file a node, writable by its users; null: only below each run."""
+    seconds: float = 120.0
+    """Limit of the checks of a node; one that has not answered by then is bad."""
+    burn_seconds: float = 300.0
+    """The same for products and all-reduces, which start Python in the container."""
+    gpus: bool = True
+    """Every node shows as many GPUs as a job takes of it."""
+    ecc: bool = True
+    """No uncorrected memory error since the last reset, no remapped row that waits for a reset or could not be had."""
+    max_remapped_rows: int | None = 8
+    """Rows of a GPU's memory replaced after uncorrectable errors."""
+    xids: list[int] | None = field(
+        default_factory=lambda: [48, 62, 64, 74, 79, 94, 95, 110, 119, 120, 136, 140, 143, 155]
+    )
+    """Errors of the driver in the kernel's log since the boot that speak against a node."""
+    min_driver: str | None = None
+    """Oldest driver; all nodes must have the same in any case."""
+    throttling: bool = True
+    """No GPU is slowed down by heat or its power supply."""
+    nvlinks: int | None = None
+    """Links that are up on every GPU."""
+    leftovers: bool = True
+    """No process of an earlier job is left on a GPU."""
+    fabric_ports: int | None = None
+    """Ports of InfiniBand or RoCE that are up, at least."""
+    same_versions: bool = True
+    """Driver, kernel, Python, torch and the other packages are the same everywhere: as on most of the nodes."""
+    min_free_memory_gib: float | None = 16.0
+    """Memory of the host."""
+    local_folder: str = "/tmp"
+    """Node-local disk: caches of compiled kernels, temporary files."""
+    min_local_free_gib: float | None = 10.0
+    """Free there."""
+    min_local_write: float | None = 100.0
+    """MB/s, with the disk's confirmation."""
+    min_local_read: float | None = 100.0
+    """MB/s."""
+    local_probe_mib: int = 256
+    """Size of the file that is written and read there."""
+    min_shared_free_gib: float | None = 10.0
+    """Free where the run's folder is, seen from the node."""
+    min_shared_write: float | None = 20.0
+    """MB/s of one node into the run's folder while all nodes write."""
+    min_shared_read: float | None = 20.0
+    """MB/s; what a node has just written may come from its own memory."""
+    shared_probe_mib: int = 64
+    """Size of each node's file there."""
+    max_visible_seconds: float | None = 10.0
+    """A file that the batch host writes is seen by the nodes within."""
+    max_skew_seconds: float | None = 2.0
+    """Clock of a node against the batch host's."""
+    min_gemm_tflops: float | None = None
+    """Each GPU's (a cluster of CPUs: the node's) rate of matrix products over gemm_seconds, all GPUs at once."""
+    max_gemm_errors: int | None = 0
+    """Products whose elements differ from the exact ones, or from those that the same device gave before."""
+    gemm_seconds: float = 10.0
+    """Length of the burn."""
+    gemm_size: int = 8192
+    """Rows and columns of the factors: bf16 on GPUs, fp32 on CPUs."""
+    min_allreduce_gb_s: float | None = None
+    """Bus bandwidth of an all-reduce over all ranks of the job, in GB/s as nccl-tests counts it."""
+    allreduce_mib: int = 1024
+    """Size of the tensor on each rank."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits that no node could be held to.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        for name in ("seconds", "burn_seconds", "local_probe_mib", "shared_probe_mib", "gemm_size", "allreduce_mib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in (*_FLOORS, "gemm_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative; null leaves the check out")
 
 
 @config_dataclass
