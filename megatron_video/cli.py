@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("training.report", "what a run did, with plots: one HTML file, or Markdown"),
     "plot-density": ("training.density_plot", "the density that a configuration draws timesteps from, as a picture"),
     "ckpt": ("checkpoints_tools.cli", "convert, look at, compare, verify, average, reshape checkpoints"),
+    "slurm": ("slurm.command", "submit, follow, cancel and resume jobs on a SLURM cluster"),
     "sample": ("training.sample", "prompts -> mp4 videos and contact sheets"),
     "measure": ("training.measure_shapes", "colour and direction of generated shape videos against their prompts"),
     "test-layouts": (

@@ -58,6 +58,8 @@ class Job:
     gpus_per_node: int = 0
     seconds: int | None = None
     """Wall time; None: the partition's limit."""
+    cwd: Path = field(default_factory=Path.cwd)
+    """Where the job runs: where it was submitted, so that relative paths mean what they meant there."""
     tasks: int | None = None
     """Of an array; None: no array."""
     at_once: int | None = None
@@ -80,7 +82,7 @@ class Job:
     def save(self, profile: ClusterProfile) -> None:
         """Write job.json, profile.yaml and job.env; the folder exists."""
         values = dataclasses.asdict(self)
-        values |= {"run_dir": str(self.run_dir), "folder": str(self.folder)}
+        values |= {"run_dir": str(self.run_dir), "folder": str(self.folder), "cwd": str(self.cwd)}
         write_atomically(self.folder / JOB_FILE, (json.dumps(values, indent=1) + "\n").encode())
         save_config(profile, self.folder / PROFILE_FILE)
         write_atomically(self.folder / ENVIRONMENT_FILE, _environment(self, profile).encode())
@@ -169,8 +171,11 @@ def _environment(job: Job, profile: ClusterProfile) -> str:
         "MV_CODE": str(job.code),
         "MV_PYTHON": profile.software.python,
         "MV_HOST_PYTHON": profile.software.host_python,
-        **profile.environment,
+        # The code of the snapshot, whatever lies in the folder that the job runs in.
+        "PYTHONPATH": ":".join([str(job.code), *filter(None, [profile.environment.get("PYTHONPATH")])]),
+        "PYTHONSAFEPATH": "1",
     }
+    own = profile.environment | own
     lines = [f"export {name}={shlex.quote(value)}" for name, value in own.items()]
     # On the nodes, so that what they load is of the nodes.
     lines += [f"module load {shlex.quote(module)}" for module in profile.software.modules]

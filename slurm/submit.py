@@ -1,0 +1,88 @@
+"""`megatron-video slurm submit KIND`: check a job, freeze its code and configuration, hand it to SLURM.
+
+`submit_job` is what every kind of job ends in; the kinds are a table of modules.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from slurm import scheduler
+from slurm.command import call_from_table
+from slurm.job import CONFIG_FILE, Job, resource_options
+from slurm.profile import ClusterProfile
+from slurm.snapshot import link_snapshot, take_snapshot
+from slurm.submitted import record_submission
+
+# kind of job -> (module with main(argv), one line of help)
+KINDS: dict[str, tuple[str, str]] = {}
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Command line of `megatron-video slurm submit`."""
+    return call_from_table("megatron-video slurm submit", KINDS, argv)
+
+
+def submit_job(
+    job: Job,
+    profile: ClusterProfile,
+    *,
+    script: str,
+    options: Sequence[str] = (),
+    config: str | None = None,
+    chain: int = 1,
+    code_of: Path | None = None,
+) -> str:
+    """Write the folder of a job, which `slurm.job.next_folder` made, and hand it to SLURM.
+
+    Args:
+        script: batch script of this package, such as pretrain.sbatch; it gets the job's folder as its argument.
+        options: of sbatch, beside those of the job and the profile: --signal=B:USR1@300, --requeue.
+        config: text of the job's config.yaml.
+        chain: jobs to queue, each after the end of the one before, however that ended.
+        code_of: folder of an earlier job whose code is used again, instead of the code as it is now.
+
+    Returns:
+        The number of the job that others should wait for: the last of a chain.
+
+    Raises:
+        UserError: a snapshot that is too large, or SLURM refused; the job's folder is removed then.
+    """
+    numbers: list[str] = []
+    try:
+        if code_of is None:
+            take_snapshot(job.code)
+        else:
+            link_snapshot(code_of, job.code)
+        job.save(profile)
+        if config is not None:
+            (job.folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+        batch = str(job.code / "slurm" / script)
+        words = sbatch_options(job, profile, options)
+        for _ in range(chain):
+            waits = [f"--dependency={','.join([*job.after, f'afterany:{numbers[-1]}'])}"] if numbers else []
+            numbers.append(scheduler.submit([*words, *waits], batch, [str(job.folder)]))
+            record_submission(job, numbers, [*words, batch, str(job.folder)])
+    except BaseException:
+        # A chain of which a part is queued is no chain.
+        if numbers:
+            scheduler.ask("scancel", *numbers)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise
+    return numbers[-1]
+
+
+def sbatch_options(job: Job, profile: ClusterProfile, options: Sequence[str] = ()) -> list[str]:
+    """All that sbatch is given before the script."""
+    number = "%A_%a" if job.tasks is not None else "%j"
+    # Of whoever submits, only what the profile names: a job must not depend on what happened to be set in a shell.
+    return [
+        *resource_options(job, profile),
+        f"--chdir={job.cwd}",
+        f"--output={job.folder}/slurm-{number}.out",
+        "--open-mode=append",
+        f"--export={','.join(profile.pass_environment) or 'NONE'}",
+        *options,
+    ]
