@@ -291,7 +291,7 @@ def _settings(arguments: argparse.Namespace) -> BalanceSettings:
 
 def _parser() -> argparse.ArgumentParser:
     standard = BalanceSettings()
-    parser = stage_parser(STAGE, __doc__, workers=False, check=_checked)
+    parser = stage_parser(STAGE, __doc__, workers=False, check=_checked, gpu=lambda arguments: arguments.clip)
     add = parser.add_argument
     add("--embeddings", type=Path, metavar="FILE", help=".npy with .ids.txt, or .parquet")
     add("--on-missing", choices=["error", "drop"], default="error", help="clips without an embedding (default error)")

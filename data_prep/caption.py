@@ -253,7 +253,7 @@ def _endpoint_settings(arguments: argparse.Namespace) -> EndpointSettings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = stage_parser(STAGE, __doc__, workers=False, check=_check)
+    parser = stage_parser(STAGE, __doc__, workers=False, check=_check, gpu=lambda arguments: arguments.vlm)
     add = parser.add_argument
     kinds = ",".join(KINDS)
     add("--kinds", default=kinds, metavar="KIND,...", help="columns to fill (default: %(default)s)")

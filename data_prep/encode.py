@@ -79,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # What concerns the machine (device, decoder) is looked at where the stage runs, not where a recipe is read.
-    parser = stage_parser(STAGE, __doc__, output="SHARD_FOLDER", workers=False, check=_settings)
+    parser = stage_parser(
+        STAGE, __doc__, output="SHARD_FOLDER", workers=False, check=_settings, gpu=lambda arguments: arguments.vae
+    )
     add = parser.add_argument
     add("--vae", type=Path, required=True, metavar="PATH", help="folder of the Video-VAE, or a released .safetensors")
     add("--text", type=Path, required=True, metavar="FOLDER", help="text encoders, with clip/ and step_llm/ in it")

@@ -89,7 +89,9 @@ class InspectReport:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the command."""
-    parser = stage_parser("inspect", __doc__, "SHARD_FOLDER", "FOLDER", workers=False, check=_check_options)
+    parser = stage_parser(
+        "inspect", __doc__, "SHARD_FOLDER", "FOLDER", workers=False, check=_check_options, gpu=lambda values: values.vae
+    )
     add = parser.add_argument
     add("--vae", type=Path, metavar="PATH", help="the Video-VAE that encoded them, for the contact sheet")
     add("--clips", type=int, default=12, metavar="N", help="clips on the contact sheet (default: %(default)s)")

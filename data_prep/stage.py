@@ -268,14 +268,16 @@ def stage_parser(
     workers: bool = True,
     spread: bool = False,
     check: Callable[[argparse.Namespace], object] | None = None,
+    gpu: Callable[[argparse.Namespace], object] | None = None,
 ) -> argparse.ArgumentParser:
     """The arguments that all stages have: --in, --out, --json, and --workers where rows are mapped.
 
     With `spread` come --engine and --shard, which `execution_of` reads, for stages that work through `run_parts`.
     `check` raises a UserError where options contradict each other or name what is not there; a recipe calls it before
-    its first stage runs.
+    its first stage runs. `gpu` says whether it is worth a GPU with these options; whoever plans jobs asks it.
     """
     parser = StageParser(prog=f"megatron-video data {stage}", description=description)
+    parser.gpu = gpu
     parser.checks = [*([execution_of] if spread else []), *([check] if check else [])]
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar=source, help="what to read")
     parser.add_argument("--out", type=Path, required=True, metavar=output, help="what to write")
@@ -298,6 +300,7 @@ class StageParser(argparse.ArgumentParser):
     check: ContextVar[bool | None] = ContextVar("check", default=None)
     """None: parse; False: only show the parser; True: parse and show it."""
     checks: Sequence[Callable[[argparse.Namespace], object]] = ()
+    gpu: Callable[[argparse.Namespace], object] | None = None
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self.check.get() is False:

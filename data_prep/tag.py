@@ -35,7 +35,7 @@ _FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "po
 
 def main(argv: Sequence[str]) -> int:
     """Command line of the stage."""
-    parser = stage_parser(STAGE, __doc__, spread=True, check=_check_models)
+    parser = stage_parser(STAGE, __doc__, spread=True, check=_check_models, gpu=lambda arguments: arguments.models)
     parser.add_argument("--models", type=Path, metavar="YAML", help="local weights of the model tags")
     arguments = parser.parse_args(argv)
     report = run(arguments.source, arguments.out, execution_of(arguments), arguments.models)
