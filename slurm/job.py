@@ -56,6 +56,10 @@ class Job:
     spare_nodes: int = 0
     """Further nodes of the allocation that take the place of those that fail."""
     gpus_per_node: int = 0
+    cpus: int | None = None
+    """CPUs of each node; None: what the profile says. A job that names them leaves the rest of the node to others."""
+    memory_mib: int | None = None
+    """Memory of each node; None: what the profile says."""
     seconds: int | None = None
     """Wall time; None: the partition's limit."""
     cwd: Path = field(default_factory=Path.cwd)
@@ -144,14 +148,14 @@ def resource_options(job: Job, profile: ClusterProfile) -> list[str]:
         "reservation": slurm.reservation,
         "exclude": ",".join(slurm.exclude) or None,
         "nodes": job.nodes + job.spare_nodes,
-        "cpus-per-task": slurm.cpus_per_node,
-        "mem": slurm.memory_per_node,
+        "cpus-per-task": job.cpus or slurm.cpus_per_node,
+        "mem": f"{job.memory_mib}M" if job.memory_mib else slurm.memory_per_node,
         "time": None if job.seconds is None else max(1, -(-job.seconds // 60)),
         "dependency": ",".join(job.after) or None,
     }
     options = [f"--{name}={value}" for name, value in named.items() if value is not None]
     options.append("--ntasks-per-node=1")
-    if slurm.cpus_per_node is None:
+    if job.cpus is None and slurm.cpus_per_node is None:
         options.append("--exclusive")
     if job.gpus_per_node:
         kind = f":{slurm.gpu_type}" if slurm.gpu_type else ""
