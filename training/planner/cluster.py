@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_video.config_io import config_dataclass, load_config
 from megatron_video.errors import UserError
+from training.planner.cluster_life import Failures, Jitter, Storage
 
 CLUSTER_DIR = Path(__file__).parent.parent / "configs" / "clusters"
 GIB = 2**30
@@ -37,6 +38,9 @@ class Efficiency:
     """All-gather and reduce-scatter inside a node."""
     nic: float = 0.6
     """Anything that leaves a node."""
+    convolution: float = 0.4
+    """Convolutions of the Video-VAE, of the peak of their type. Assumed: channels-last kernels, which made the paper's
+    encoder up to 7 times as fast (arXiv 2502.10248, 6.2.3)."""
 
     def __post_init__(self) -> None:
         """Refuse shares that are none.
@@ -44,7 +48,7 @@ class Efficiency:
         Raises:
             ValueError: naming the field and the value.
         """
-        for name in ("gemm", "gemm_fp8", "attention", "hbm", "nvlink", "nic"):
+        for name in ("gemm", "gemm_fp8", "attention", "hbm", "nvlink", "nic", "convolution"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must lie above 0 and at most be 1")
@@ -83,6 +87,14 @@ class Cluster:
     """What an hour of one device costs; null leaves costs out."""
     currency: str = "USD"
     """Of the price."""
+    watts_per_gpu: float | None = None
+    """Mean power while training of one device with its share of the node, fans and cooling; null leaves energy out."""
+    jitter: Jitter = field(default_factory=Jitter)
+    """How unequal its nodes are."""
+    failures: Failures = field(default_factory=Failures)
+    """How often jobs end, and what a restart takes."""
+    storage: Storage = field(default_factory=Storage)
+    """Its file system."""
 
     def __post_init__(self) -> None:
         """Refuse what no machine has.
@@ -98,8 +110,9 @@ class Cluster:
             raise ValueError(f"hidden_tensor_parallel={self.hidden_tensor_parallel} must lie between 0 and 1")
         if not 0 <= self.reserved_gib < self.memory_gib:
             raise ValueError(f"reserved_gib={self.reserved_gib} must be at least 0 and below memory_gib")
-        if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:
-            raise ValueError(f"price_per_gpu_hour={self.price_per_gpu_hour} must not be negative")
+        for name in ("price_per_gpu_hour", "watts_per_gpu"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         unusable = {name: peak for name, peak in self.peak_tflops.items() if peak <= 0}
         if unusable or "bf16" not in self.peak_tflops:
             raise ValueError(f"peak_tflops={self.peak_tflops} must have bf16, and numbers above 0")
@@ -169,6 +182,11 @@ class Cluster:
         """One message from each of `ranks` to the next one, `stride` away; the slowest counts."""
         inside = self._members_in_node(ranks, stride) == ranks
         return sent_bytes / (self.nvlink_bytes_per_second if inside else self.nic_bytes_per_second)
+
+    @property
+    def nodes(self) -> int:
+        """Of the job, the last one perhaps not full."""
+        return math.ceil(self.gpus / self.gpus_per_node)
 
     def _members_in_node(self, ranks: int, stride: int) -> int:
         """Of the node with the fewest: groups lie behind one another, and may straddle nodes."""

@@ -85,6 +85,7 @@ class Plan:
             "tflops_per_gpu": self.job.tflops_per_gpu(self.seconds.total),
             "seconds_per_step": self.seconds.total,
             "seconds": self.seconds.by_part(),
+            "tokens_per_second": self.job.tokens / self.seconds.total,
             "tokens_per_second_and_gpu": self.job.tokens / self.seconds.total / self.job.cluster.gpus,
             "samples_per_step": self.job.samples,
             "micro_batches_per_replica": self.job.micro_batches,

@@ -34,7 +34,8 @@ def show_plan(plan: Plan) -> str:
     cost = "" if plan.cost is None else f", {plan.cost:,.0f} {plan.job.cluster.currency}"
     summary = (
         f"MFU {plan.mfu_percent:.2f} % ({values['tflops_per_gpu']:.1f} TFLOP/s a GPU), {plan.seconds.total:.3f} s a "
-        f"step, {values['tokens_per_second_and_gpu']:,.0f} tokens/s a GPU\n"
+        f"step, {values['tokens_per_second']:,.0f} tokens/s "
+        f"({values['tokens_per_second_and_gpu']:,.0f} a GPU)\n"
         f"{plan.steps:,} steps: {values['days']:,.2f} days, {plan.gpu_hours:,.0f} GPU-hours{cost}; replicas equally "
         "loaded, no stops"
     )

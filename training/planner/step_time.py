@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from training.planner.job import Job
+from training.planner.stored import read_seconds
 from training.planner.work import BYTES, Branch, MicroBatch, Work, backward_work, forward_work
 
 # Bytes that AdamW reads and writes for a parameter: gradient, weight and two moments in, the last three out, in fp32;
@@ -39,7 +40,7 @@ class Seconds:
     optimizer: float = 0.0
     """AdamW and averages."""
     data: float = 0.0
-    """Samples from host to device."""
+    """Samples from host to device, and waiting for storage."""
     hidden_tensor_parallel: float = 0.0
     """Beside matrix products."""
     hidden_context_parallel: float = 0.0
@@ -48,6 +49,8 @@ class Seconds:
     """Messages of the interleaved schedule."""
     hidden_data_parallel: float = 0.0
     """Beside the first forward and the last backward pass."""
+    hidden_data: float = 0.0
+    """The loader, which reads the next steps' samples beside this one."""
 
     @property
     def total(self) -> float:
@@ -81,7 +84,10 @@ def step_seconds(job: Job) -> Seconds:
     busy = sum(
         (micro_batch_seconds(job, batch) * (count / job.replicas) for batch, count in job.step.items()), Seconds()
     )
-    return busy + Seconds(bubble=_bubble(job, busy.busy)) + _data_parallel(job, busy.compute) + _optimizer(job)
+    step = busy + Seconds(bubble=_bubble(job, busy.busy)) + _data_parallel(job, busy.compute) + _optimizer(job)
+    reading = read_seconds(job)
+    hidden = min(reading, step.total)
+    return step + Seconds(data=reading - hidden, hidden_data=hidden)
 
 
 def micro_batch_seconds(job: Job, batch: MicroBatch) -> Seconds:
