@@ -45,10 +45,10 @@ class Check:
 
 CHECKS = (
     Check("memory", "free_memory_gib", "free memory of the host", "GiB", "min_free_memory_gib", ">=", "memory"),
-    Check("local space", "local_free_gib", "free on the local disk", "GiB", "min_local_free_gib", ">=", "local space"),
-    Check("local write", "local_write", "writing to the local disk", "MB/s", "min_local_write", ">=", "local disk"),
-    Check("local read", "local_read", "reading from the local disk", "MB/s", "min_local_read", ">=", "local disk"),
-    Check("shared space", "shared_free_gib", "free in the run folder", "GiB", "min_shared_free_gib", ">=", "shared"),
+    Check("local space", "local_free_gib", "free on the local disk", "GiB", "min_local_free_gib", ">=", "space"),
+    Check("local write", "local_write", "writing to the local disk", "MB/s", "min_local_write", ">=", "local"),
+    Check("local read", "local_read", "reading from the local disk", "MB/s", "min_local_read", ">=", "local"),
+    Check("shared space", "shared_free_gib", "free in the run folder", "GiB", "min_shared_free_gib", ">=", "space"),
     Check("shared write", "shared_write", "writing the run folder", "MB/s", "min_shared_write", ">=", "shared disk"),
     Check("shared read", "shared_read", "reading the run folder", "MB/s", "min_shared_read", ">=", "shared disk"),
     Check("shared view", "visible_seconds", "a shared file seen after", "s", "max_visible_seconds", "<=", "visibility"),

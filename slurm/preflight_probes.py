@@ -87,19 +87,17 @@ def probe_memory(request: Request) -> Figures:
     return {"free_memory_gib": kib["MemAvailable"] * 1024 / GIB}
 
 
-def probe_local_space(request: Request) -> Figures:
-    """Room on the node's own disk."""
-    return {"local_free_gib": _free_gib(Path(request.local_folder))}
+def probe_space(request: Request) -> Figures:
+    """Room on the node's own disk, and in the run's folder seen from here."""
+    return {
+        "local_free_gib": _free_gib(Path(request.local_folder)),
+        "shared_free_gib": _free_gib(Path(request.folder)),
+    }
 
 
 def probe_local_disk(request: Request) -> Figures:
     """Speed of the node's own disk."""
     return _probe_disk("local", Path(request.local_folder), request.local_probe_mib)
-
-
-def probe_shared_space(request: Request) -> Figures:
-    """Room in the run's folder, seen from here."""
-    return {"shared_free_gib": _free_gib(Path(request.folder))}
 
 
 def probe_shared_disk(request: Request) -> Figures:
@@ -169,10 +167,9 @@ PROBES: dict[str, Callable[[Request], Figures]] = {
     "versions": probe_versions,
     "memory": probe_memory,
     "visibility": probe_visibility,
-    "local space": probe_local_space,
-    "local disk": probe_local_disk,
-    "shared": probe_shared_space,
-    "shared disk": probe_shared_disk,
+    "space": probe_space,
+    "local": probe_local_disk,
+    "shared": probe_shared_disk,
     "fabric": probe_fabric,
     "gpus": lambda request: preflight_gpu.probe(request.xids),
 }
