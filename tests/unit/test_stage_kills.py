@@ -12,14 +12,16 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import killed_items
 import pytest
+from killed_items import die, die_once, kill_batch_reader, kill_reader
 from tiny_pipeline import STAGES, Pipeline, data, make_pipeline
 
 from data_prep.model_tagging import redo_one_by_one
 from data_prep.stage import execution_of, run_rows, stage_parser
 from data_prep.workers import parallel_map
 from megatron_video.errors import UserError
-from megatron_video.manifest import Row, read_manifest, table_from_rows, write_manifest
+from megatron_video.manifest import read_manifest, table_from_rows, write_manifest
 
 HAS_FAISS = find_spec("faiss") is not None
 NEEDS_FAISS = pytest.mark.skipif(not HAS_FAISS, reason="balance needs faiss, of the extra `data`")
@@ -122,19 +124,6 @@ def test_a_full_disk_is_a_clear_error_and_can_be_gone_on_from(pipeline: Pipeline
     assert not list(tmp_path.glob(".*"))
 
 
-def die(number: int) -> int:
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def die_once(mark: Path, number: int) -> int:
-    if number == 3 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
 def test_what_a_killed_worker_had_under_way_is_done_again(tmp_path: Path) -> None:
     function = functools.partial(die_once, tmp_path / "killed")
     assert list(parallel_map(function, range(12), workers=2)) == list(range(12))
@@ -145,7 +134,7 @@ def test_what_a_killed_worker_had_under_way_is_done_again(tmp_path: Path) -> Non
 SLEEPING = """
 import signal, sys, time
 from data_prep.workers import Execution, parallel_map
-from test_stage_kills import sleep_and_tell
+from killed_items import sleep_and_tell
 if __name__ == "__main__":
     # A test run in the background of a shell passes on that Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -153,15 +142,10 @@ if __name__ == "__main__":
 """
 
 
-def sleep_and_tell(folder: str) -> None:
-    (Path(folder) / str(os.getpid())).touch()
-    time.sleep(120)
-
-
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_a_stage_that_is_killed_or_interrupted(tmp_path: Path, sent: signal.Signals) -> None:
     command = [sys.executable, "-c", SLEEPING, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(killed_items.__file__).parent), *sys.path])}
     stage = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     stage.send_signal(sent)
@@ -189,21 +173,11 @@ def test_one_worker_of_the_command_line_is_a_process_too() -> None:
     assert list(parallel_map(die, [3], execution_of(arguments), lost=lambda number: -number)) == [-3]
 
 
-def kill_batch_reader(rows: list[Row]) -> list[Row]:
-    return [row for one in rows for row in kill_reader(one)]
-
-
 def test_of_a_batch_that_crashes_one_clip_is_dropped() -> None:
     rows = [{"source": f"/videos/{name}.mp4"} for name in ("a", "crash", "b")]
     found = redo_one_by_one(kill_batch_reader, rows)
     assert [row["source"] for row in found] == [row["source"] for row in rows]
     assert [row.get("dropped_by") for row in found] == [None, "tag", None]
-
-
-def kill_reader(row: Row) -> list[Row]:
-    if "crash" in row["source"]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [row]
 
 
 @pytest.mark.heavy
