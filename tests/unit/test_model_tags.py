@@ -376,7 +376,7 @@ def spread_runs(tmp_path: Path, weights: Path, spread: list[Execution]) -> None:
 
 
 def test_scores_do_not_depend_on_shards(tmp_path: Path, weights: Path) -> None:
-    spread_runs(tmp_path, weights, [Execution(shard=Shard(index, 2)) for index in (1, 0)])
+    spread_runs(tmp_path, weights, [Execution(shard=Shard(index, 2), in_process=True) for index in (1, 0)])
 
 
 @pytest.mark.heavy
