@@ -116,8 +116,10 @@ def test_batch_size_does_not_change_the_samples(models: Path, samples: Path) -> 
     _assert_same_samples(samples, models / "batched")
 
 
+# The default suite does it on ranks that are there already: tests/distributed/test_sample_ranks.py.
+@pytest.mark.heavy
 @pytest.mark.distributed
-def test_ranks_do_not_change_the_samples(models: Path, samples: Path, tmp_path: Path) -> None:
+def test_launched_ranks_do_not_change_the_samples(models: Path, samples: Path, tmp_path: Path) -> None:
     """Two replicas of two tensor-parallel ranks, which share three prompts."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     layout = ["--tensor-parallel-size", "2", "--sequence-parallel"]
