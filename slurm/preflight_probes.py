@@ -1,13 +1,12 @@
 """What preflight measures on a node, run there: `python -m slurm.preflight_probes REQUEST`, one task a node.
 
-The request is a JSON file (see `Request`), the answer FOLDER/NODE.json: {"figures": {name: value}, "errors": {probe:
+The request is a JSON file (`HostRequest`), the answer FOLDER/NODE.json: {"figures": {name: value}, "errors": {probe:
 why}}. Only the standard library is needed, so that it runs with the Python of any node. While it works it prints the
 node's clock, which the batch host compares with its own as the lines arrive.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -16,12 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_video.files import write_atomically
 from slurm import preflight_gpu
+from slurm.preflight_requests import TOKEN_FILE, HostRequest, read_request
 
 Figures = dict[str, Any]
 MIB, GIB, MB = 1 << 20, 1 << 30, 1_000_000
@@ -29,26 +28,9 @@ CLOCK_MARK = "clock"
 CLOCK_LINES, CLOCK_INTERVAL = 10, 0.05
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the batch host asks of every node."""
-
-    folder: str
-    """Where the answers go, on the shared file system."""
-    token: str
-    """A file that the batch host has just written there."""
-    local_folder: str
-    local_probe_mib: int
-    shared_probe_mib: int
-    visible_seconds: float
-    """How long to wait for the token."""
-    xids: list[int]
-    """Codes of the driver's errors to look for."""
-
-
 def main(argv: list[str]) -> int:
     """Measure everything and write the answer; 0 also where a probe failed: the batch host judges."""
-    request = Request(**json.loads(Path(argv[0]).read_text(encoding="utf-8")))
+    request = read_request(HostRequest, Path(argv[0]))
     clock = threading.Thread(target=_tell_clock, daemon=True)
     clock.start()
     answer = measure(request, PROBES)
@@ -57,7 +39,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure(request: Request, probes: Mapping[str, Callable[[Request], Figures]]) -> dict[str, Figures]:
+def measure(request: HostRequest, probes: Mapping[str, Callable[[HostRequest], Figures]]) -> dict[str, Figures]:
     """All probes' figures; of those that failed, why."""
     figures: Figures = {}
     errors: Figures = {}
@@ -75,19 +57,19 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
 
 
-def probe_versions(request: Request) -> Figures:
+def probe_versions(request: HostRequest) -> Figures:
     """Python that supervises, kernel."""
     return {"host_python": platform.python_version(), "kernel": platform.release()}
 
 
-def probe_memory(request: Request) -> Figures:
+def probe_memory(request: HostRequest) -> Figures:
     """Memory of the host that a job could have, GiB."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {"free_memory_gib": kib["MemAvailable"] * 1024 / GIB}
 
 
-def probe_space(request: Request) -> Figures:
+def probe_space(request: HostRequest) -> Figures:
     """Room on the node's own disk, and in the run's folder seen from here."""
     return {
         "local_free_gib": _free_gib(Path(request.local_folder)),
@@ -95,19 +77,19 @@ def probe_space(request: Request) -> Figures:
     }
 
 
-def probe_local_disk(request: Request) -> Figures:
+def probe_local_disk(request: HostRequest) -> Figures:
     """Speed of the node's own disk."""
     return _probe_disk("local", Path(request.local_folder), request.local_probe_mib)
 
 
-def probe_shared_disk(request: Request) -> Figures:
+def probe_shared_disk(request: HostRequest) -> Figures:
     """Speed of the run's folder, seen from here."""
     return _probe_disk("shared", Path(request.folder), request.shared_probe_mib)
 
 
-def probe_visibility(request: Request) -> Figures:
+def probe_visibility(request: HostRequest) -> Figures:
     """Seconds until the batch host's file was seen here, with its content."""
-    path, start = Path(request.folder) / "token", time.monotonic()
+    path, start = Path(request.folder) / TOKEN_FILE, time.monotonic()
     while time.monotonic() - start < request.visible_seconds:
         if path.is_file() and path.read_text() == request.token:
             return {"visible_seconds": time.monotonic() - start}
@@ -115,7 +97,7 @@ def probe_visibility(request: Request) -> Figures:
     raise TimeoutError(f"{path}, written by the batch host, was not seen within {request.visible_seconds:g} s")
 
 
-def probe_fabric(request: Request, root: Path = Path("/sys/class/infiniband")) -> Figures:
+def probe_fabric(request: HostRequest, root: Path = Path("/sys/class/infiniband")) -> Figures:
     """Ports of InfiniBand and RoCE, by the kernel's files: DEVICE/ports/N/state holds `4: ACTIVE`."""
     states = {f"{path.parts[-4]}:{path.parts[-2]}": path.read_text().strip() for path in root.glob("*/ports/*/state")}
     down = {port: state for port, state in sorted(states.items()) if not state.endswith("ACTIVE")}
@@ -163,7 +145,7 @@ def _tell_clock() -> None:
         time.sleep(CLOCK_INTERVAL)
 
 
-PROBES: dict[str, Callable[[Request], Figures]] = {
+PROBES: dict[str, Callable[[HostRequest], Figures]] = {
     "versions": probe_versions,
     "memory": probe_memory,
     "visibility": probe_visibility,
@@ -173,12 +155,6 @@ PROBES: dict[str, Callable[[Request], Figures]] = {
     "fabric": probe_fabric,
     "gpus": lambda request: preflight_gpu.probe(request.xids),
 }
-
-
-def write_request(request: Request, path: Path) -> None:
-    """Write the request and the token that belongs to it."""
-    write_atomically(Path(request.folder) / "token", request.token.encode())
-    write_atomically(path, json.dumps(dataclasses.asdict(request)).encode())
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slurm.containers import container_words, with_setup
 from slurm.job import Job
 from slurm.preflight_probes import CLOCK_MARK
 from slurm.profile import ClusterProfile
@@ -21,6 +22,8 @@ from slurm.scheduler import compress
 # srun ends its step on SIGTERM; it gets so long for it.
 KILL_SECONDS = 10.0
 AT_ONCE = 32
+# Options of the batch job that srun would take for those of a step.
+_NOT_FOR_STEPS = ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE", "SLURM_NO_KILL")
 
 
 @dataclass
@@ -50,9 +53,22 @@ class Steps:
     folder: Path
     """Where requests and answers are, on the shared file system."""
 
+    def within(self, name: str) -> Steps:
+        """The same with a folder of its own below, made here."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return replace(self, folder=folder)
+
     def host_command(self, module: str, *arguments: str) -> list[str]:
         """A module of this package, run outside any container."""
         return [self.profile.software.host_python, "-m", module, *arguments]
+
+    def task_command(self, module: str, *arguments: str) -> list[str]:
+        """A module of this package, run as a training is: in the container, after the profile's lines of setup."""
+        folders = [self.job.run_dir, self.job.cwd, self.folder]
+        enter = container_words(self.profile, folders, self.job.cwd, gpus=bool(self.job.gpus_per_node))
+        command = [self.profile.software.python, "-m", module, *arguments]
+        return [*enter, *with_setup(self.profile, command)]
 
     def run(self, nodes: Sequence[str], command: Sequence[str], seconds: float) -> Outcome:
         """Run `command` once on each node, for `seconds` at most; nodes that left no answer are tried again alone.
@@ -62,17 +78,19 @@ class Steps:
         outcome = Outcome(seconds=seconds)
         if not nodes:
             return outcome
-        self._srun(nodes, command, seconds, outcome)
+        self.srun(nodes, command, seconds, outcome)
         silent = [name for name in nodes if not answer_path(self.folder, name).is_file()]
-        if silent and (len(silent) < len(nodes) or len(nodes) > 1) and not outcome.timed_out:
+        if silent and not outcome.timed_out:
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                said = pool.map(lambda name: self._srun([name], command, seconds, outcome), silent)
+                said = pool.map(lambda name: self.srun([name], command, seconds, outcome), silent)
                 outcome.said.update(zip(silent, said, strict=True))
         return outcome
 
-    def _srun(self, nodes: Sequence[str], command: Sequence[str], seconds: float, outcome: Outcome) -> str:
-        words = [*srun_words(nodes), f"--chdir={self.job.code}", *command]
-        environment = {**os.environ, "PYTHONPATH": str(self.job.code), "SLURM_EXPORT_ENV": "ALL"}
+    def srun(self, nodes: Sequence[str], command: Sequence[str], seconds: float, outcome: Outcome) -> str:
+        """One step on `nodes`, ended after `seconds`; the last line of what its tasks and srun complained of."""
+        words = [*srun_words(nodes), f"--chdir={self.job.cwd}", *command]
+        kept = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_STEPS}
+        environment = {**kept, "PYTHONPATH": str(self.job.code), "SLURM_EXPORT_ENV": "ALL"}
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
         )
@@ -97,8 +115,8 @@ def srun_words(nodes: Sequence[str]) -> list[str]:
         "srun",
         f"--nodes={len(nodes)}",
         f"--ntasks={len(nodes)}",
-        "--ntasks-per-node=1",
         f"--nodelist={compress(nodes)}",
+        "--ntasks-per-node=1",
         "--overlap",
         "--no-kill",
         "--kill-on-bad-exit=0",

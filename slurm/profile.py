@@ -232,8 +232,8 @@ class Preflight:
     """Products whose elements differ from the exact ones, or from those that the same device gave before."""
     gemm_seconds: float = 10.0
     """Length of the burn."""
-    gemm_size: int = 8192
-    """Rows and columns of the factors: bf16 on GPUs, fp32 on CPUs."""
+    gemm_size: int | None = None
+    """Rows and columns of the factors; null: 8192 in bf16 on GPUs, 1024 in fp32 on CPUs."""
     min_allreduce_gb_s: float | None = None
     """Bus bandwidth of an all-reduce over all ranks of the job, in GB/s as nccl-tests counts it."""
     allreduce_mib: int = 1024
@@ -246,8 +246,9 @@ class Preflight:
             ValueError: naming the field and the value.
         """
         for name in ("seconds", "burn_seconds", "local_probe_mib", "shared_probe_mib", "gemm_size", "allreduce_mib"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
         for name in (*_FLOORS, "gemm_seconds"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -274,6 +275,8 @@ class ClusterProfile:
     """Hang detection."""
     preflight: Preflight = field(default_factory=Preflight)
     """Checks of nodes."""
+    shared_folders: list[str] = field(default_factory=list)
+    """Folders that all nodes see although they look local (/tmp, a disk of the login node that it serves)."""
     planner_cluster: str | None = None
     """Name or file of the planner's cluster (training/configs/clusters), for the dry run before submission."""
 
