@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.cli import STAGES
+from data_prep.parts import lock_path
 from data_prep.recipe import Run, plan
+from data_prep.shard_folder import LOCK_FILE
 from data_prep.stage import StageParser, checked_parser
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
@@ -39,6 +41,10 @@ class JobStep:
     """Words behind `megatron-video`."""
     output: str | None
     """What it makes; None for a stage that only reads."""
+    shard_folder: bool
+    """It makes a folder of shards."""
+    lock: str | None
+    """The file by which runs on one output keep each other out; that of a share I of N has .I-of-N behind it."""
     spread: bool
     """Takes --shard I/N."""
     gpu: bool
@@ -74,12 +80,15 @@ def stage_step(stage: str, argv: Sequence[str], name: str | None = None) -> JobS
         raise UserError(f"--shard {values.shard}: the shards are the tasks of the job; say how many with --shards")
     known = {option for action in parser._actions for option in action.option_strings}
     option = _CPU_OPTIONS.get(stage, "--workers")
-    output = getattr(values, "out", None)
+    output: Path | None = getattr(values, "out", None)
+    made = next((action.metavar for action in parser._actions if "--out" in action.option_strings), None)
     return JobStep(
         name=name or stage,
         stage=stage,
         command=["data", stage, *argv],
         output=None if output is None else str(output),
+        shard_folder=made == "SHARD_FOLDER",
+        lock=None if output is None else str(lock_path(output) if made == "MANIFEST" else output / LOCK_FILE),
         spread="--shard" in known,
         gpu=_wants_gpu(parser, values, argv),
         cpu_option=option if option in known and not _given(option, argv) else None,
@@ -92,7 +101,7 @@ def recipe_steps(argv: Sequence[str]) -> list[JobStep]:
     Raises:
         UserError: what the recipe or a stage refuses.
     """
-    parser = argparse.ArgumentParser(prog="python -m data_prep.job_steps")
+    parser = argparse.ArgumentParser(prog="megatron-video slurm submit data run")
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--in", dest="source", type=Path)
     parser.add_argument("--work", type=Path)

@@ -126,6 +126,11 @@ class TableRows(Sequence[Row]):
         return row
 
 
+def lock_path(manifest_out: Path) -> Path:
+    """The lock file of an output; those of its shares have names that begin with it."""
+    return manifest_out.with_name(f".{manifest_out.name}.lock")
+
+
 @contextmanager
 def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None]:
     """Hold an output, or one share of it, which others may hold beside it; what a kill left half written goes.
@@ -135,8 +140,8 @@ def output_lock(manifest_out: Path, shard: Shard | None = None) -> Iterator[None
         UserError: the folder cannot be written, or the disk is full.
     """
     folder = manifest_out.parent
-    lock, share = manifest_out.with_name(f".{manifest_out.name}.lock"), shard.lock_name if shard else None
-    with disk_errors(folder), share_lock(lock, manifest_out, share):
+    share = shard.lock_name if shard else None
+    with disk_errors(folder), share_lock(lock_path(manifest_out), manifest_out, share):
         if shard is None:
             for leftover in folder.glob(f".{manifest_out.name}.*.tmp"):
                 leftover.unlink()
