@@ -24,7 +24,15 @@ _UNLIMITED = re.compile(r"UNLIMITED|INFINITE|NOT_SET", re.IGNORECASE)
 
 
 class SlurmError(UserError):
-    """A program of SLURM refused; the message holds what it was given and what it said."""
+    """A program of SLURM refused; the message holds what it was given and what it said.
+
+    Args:
+        said: only what it said.
+    """
+
+    def __init__(self, message: str, said: str = "") -> None:
+        super().__init__(message)
+        self.said = said or message
 
 
 class SlurmAwayError(SlurmError):
@@ -74,6 +82,8 @@ class Node:
     cpus: int
     memory_mib: int
     gpus: int
+    gres: str
+    """As it is configured: gpu:h100:8."""
     reason: str
     """Why it is drained or down."""
     partitions: tuple[str, ...]
@@ -99,7 +109,7 @@ def ask(*command: str, patience: float = 60.0, timeout: float = 30.0) -> str:
             return result.stdout
         away = bool(_AWAY.search(said))
         if not away:
-            raise SlurmError(f"{' '.join(command)}: {said}")
+            raise SlurmError(f"{' '.join(command)}: {said}", said)
         if time.monotonic() >= deadline:
             raise SlurmAwayError(f"{' '.join(command)}: {said}; the controller was asked for {patience:g} s")
         time.sleep(min(2.0, patience / 10))
@@ -111,10 +121,23 @@ def submit(options: Sequence[str], script: str, arguments: Sequence[str] = ()) -
     Raises:
         SlurmError: sbatch refused.
     """
+    return ask(*_sbatch(), "--parsable", *options, script, *arguments).strip().split(";")[0]
+
+
+def would_start(options: Sequence[str], script: str, arguments: Sequence[str] = ()) -> str:
+    """What SLURM says to a batch script that is not submitted: when and where it could start.
+
+    Raises:
+        SlurmError: it would be refused.
+    """
+    # sbatch says it on its standard error.
+    return ask("sh", "-c", 'exec "$@" 2>&1', "sh", *_sbatch(), "--test-only", *options, script, *arguments).strip()
+
+
+def _sbatch() -> list[str]:
     # A job may submit another: its own variables must not become options of that one.
     before = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
-    clean = ["env", *(word for name in before for word in ("-u", name))] if before else []
-    return ask(*clean, "sbatch", "--parsable", *options, script, *arguments).strip().split(";")[0]
+    return [*(["env", *(word for name in before for word in ("-u", name))] if before else []), "sbatch"]
 
 
 def queued(*selection: str, patience: float = 60.0) -> list[QueuedJob]:
@@ -126,9 +149,7 @@ def queued(*selection: str, patience: float = 60.0) -> list[QueuedJob]:
         SlurmError: squeue refused, or the controller is away.
     """
     try:
-        text = ask(
-            "squeue", "--noheader", "--format=%i\x1f%j\x1f%T\x1f%r\x1f%N\x1f%u\x1f%L", *selection, patience=patience
-        )
+        text = ask("squeue", "--noheader", f"--format={_QUEUE_FORMAT}", *selection, patience=patience)
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return []
@@ -136,13 +157,14 @@ def queued(*selection: str, patience: float = 60.0) -> list[QueuedJob]:
     return [_queued(line) for line in text.splitlines() if line.strip()]
 
 
-def job_records(job_id: str) -> list[dict[str, str]]:
+def job_records(job_id: str, patience: float = 60.0) -> list[dict[str, str]]:
     """What `scontrol show job` has on a job, also for a while after its end; a record a task of an array.
 
     Raises:
         SlurmError: no such job (any more), or the controller is away.
     """
-    return [parse_record(line) for line in ask("scontrol", "--oneliner", "show", "job", job_id).splitlines() if line]
+    text = ask("scontrol", "--oneliner", "show", "job", job_id, patience=patience)
+    return [parse_record(line) for line in text.splitlines() if line]
 
 
 def partition(name: str | None) -> Partition:
@@ -171,13 +193,13 @@ def partition(name: str | None) -> Partition:
     )
 
 
-def nodes(selection: str | None = None) -> list[Node]:
+def nodes(selection: str | None = None, patience: float = 60.0) -> list[Node]:
     """All nodes, or those of a host list.
 
     Raises:
         SlurmError: no such node, or the controller is away.
     """
-    text = ask("scontrol", "--oneliner", "show", "node", *([selection] if selection else []))
+    text = ask("scontrol", "--oneliner", "show", "node", *([selection] if selection else []), patience=patience)
     return [_node(parse_record(line)) for line in text.splitlines() if line]
 
 
@@ -235,6 +257,7 @@ def _node(record: dict[str, str]) -> Node:
         cpus=int(record.get("CPUTot", 0)),
         memory_mib=int(record.get("RealMemory", 0)),
         gpus=gpus,
+        gres=record.get("Gres", ""),
         reason=record.get("Reason", ""),
         partitions=tuple(record.get("Partitions", "").split(",")),
     )
