@@ -85,11 +85,14 @@ class Job:
 
     def save(self, profile: ClusterProfile) -> None:
         """Write job.json, profile.yaml and job.env; the folder exists."""
-        values = dataclasses.asdict(self)
-        values |= {"run_dir": str(self.run_dir), "folder": str(self.folder), "cwd": str(self.cwd)}
-        write_atomically(self.folder / JOB_FILE, (json.dumps(values, indent=1) + "\n").encode())
+        write_atomically(self.folder / JOB_FILE, (json.dumps(self.as_plain(), indent=1) + "\n").encode())
         save_config(profile, self.folder / PROFILE_FILE)
-        write_atomically(self.folder / ENVIRONMENT_FILE, _environment(self, profile).encode())
+        write_atomically(self.folder / ENVIRONMENT_FILE, environment_script(self, profile).encode())
+
+    def as_plain(self) -> dict[str, Any]:
+        """The job for JSON."""
+        paths = {"run_dir": str(self.run_dir), "folder": str(self.folder), "cwd": str(self.cwd)}
+        return dataclasses.asdict(self) | paths
 
 
 def load_job(folder: Path) -> tuple[Job, ClusterProfile]:
@@ -168,7 +171,8 @@ def resource_options(job: Job, profile: ClusterProfile) -> list[str]:
     return [*options, *slurm.extra]
 
 
-def _environment(job: Job, profile: ClusterProfile) -> str:
+def environment_script(job: Job, profile: ClusterProfile) -> str:
+    """Text of job.env: shell that exports where the job's things are and the profile's variables, and loads modules."""
     own = {
         "MV_JOB": str(job.folder),
         "MV_RUN": str(job.run_dir),

@@ -16,12 +16,22 @@ from slurm.profile import ClusterProfile
 from slurm.snapshot import link_snapshot, take_snapshot
 from slurm.submitted import record_submission
 
+# Kinds whose command and configuration are a training's.
+TRAININGS = ("pretrain", "curriculum", "vae")
 # kind of job -> (module with main(argv), one line of help)
-KINDS: dict[str, tuple[str, str]] = {}
+KINDS: dict[str, tuple[str, str]] = {
+    "pretrain": ("slurm.submit_training", "train the DiT on one or more nodes"),
+    "curriculum": ("slurm.submit_training", "stages of pretraining, one after the other, as one job"),
+    "vae": ("slurm.submit_training", "train the Video-VAE"),
+}
 
 
 def main(argv: Sequence[str]) -> int | None:
     """Command line of `megatron-video slurm submit`."""
+    if argv and argv[0] in TRAININGS:
+        from slurm.submit_training import submit_training
+
+        return submit_training(argv[0], argv[1:])
     return call_from_table("megatron-video slurm submit", KINDS, argv)
 
 
