@@ -291,6 +291,11 @@ def check_layout(layout: Layout) -> None:
         raise UserError(f"{_explain(rule, layout)}; {_way_out(rule, layout)}")
 
 
+def refusals(layout: Layout) -> list[str]:
+    """What every rule that refuses the layout says, as `check_layout` says it of the first one."""
+    return [f"{_explain(rule, layout)}; {_way_out(rule, layout)}" for rule in RULES if _refuses(rule, layout)]
+
+
 def is_valid(layout: Layout) -> bool:
     """Whether nothing that is known of the layout is refused."""
     return broken_rule(layout) is None
@@ -321,6 +326,14 @@ def refusal_table() -> list[tuple[Rule, Change, str]]:
 def suggestions(rule: Rule, layout: Layout) -> list[Change]:
     """Changes of the rule's fields, nearest first, with which the layout passes the whole table."""
     return nearest(layout, rule.fields, is_valid)
+
+
+def _refuses(rule: Rule, layout: Layout) -> bool:
+    try:
+        return rule.applies(layout)
+    except ZeroDivisionError:
+        # It asks about sizes that an earlier rule refuses.
+        return False
 
 
 def _explain(rule: Rule, layout: Layout) -> str:

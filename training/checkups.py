@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Names of weights in records and figures.
 TRAINED, AVERAGED = "trained", "averaged"
-_CHECKED_FILE = "held_out_checked.json"
+HELD_OUT_RECORD = "held_out_checked.json"
 
 
 class Checkups:
@@ -136,23 +136,32 @@ def open_validation(config: PretrainConfig, data: TrainingData, builder: BatchBu
     Raises:
         UserError: on all ranks: they share source videos with it, were encoded otherwise, or do not fit the model.
     """
-    settings = config.validation
-    held_out = TrainingData(settings.shards, config.data.buckets, read_attempts=config.data.read_attempts)
-    held_out.weigh_captions(config.data.caption_weights)
-    held_out.check_model(config.model)
-    _check_same_encoding(held_out, data)
+    held_out = open_held_out(config, data)
     refusal: list[str | None] = [None]
     # One rank reads the indices; the others must hear of a refusal, or they would wait for it.
     if torch.distributed.get_rank() == 0:
-        record = Path(config.run.output_dir) / _CHECKED_FILE
+        record = Path(config.run.output_dir) / HELD_OUT_RECORD
         try:
-            check_held_out(_folders(data), _folders(held_out), record)
+            check_held_out(data.folders, held_out.folders, record)
         except UserError as error:
             refusal = [str(error)]
     torch.distributed.broadcast_object_list(refusal, src=0)
     if refusal[0] is not None:
         raise UserError(refusal[0])
-    return Validation(settings, held_out, builder)
+    return Validation(config.validation, held_out, builder)
+
+
+def open_held_out(config: PretrainConfig, data: TrainingData) -> TrainingData:
+    """The held-out samples of a run.
+
+    Raises:
+        UserError: they are not there, were encoded otherwise than the training data, or do not fit the model.
+    """
+    held_out = TrainingData(config.validation.shards, config.data.buckets, read_attempts=config.data.read_attempts)
+    held_out.weigh_captions(config.data.caption_weights)
+    held_out.check_model(config.model)
+    _check_same_encoding(held_out, data)
+    return held_out
 
 
 def _left_undone(folder: Path, step: int, due: set[str]) -> tuple[set[str], float]:
@@ -172,10 +181,6 @@ def _check_same_encoding(held_out: TrainingData, data: TrainingData) -> None:
                 f"validation.shards: {ours.folder} was encoded with other models than {theirs.folder} ({name}: "
                 f"{getattr(ours.dataset_info, name)} and {getattr(theirs.dataset_info, name)})"
             )
-
-
-def _folders(data: TrainingData) -> list[str]:
-    return [str(dataset.folder) for dataset in data.datasets]
 
 
 def _record(losses: ValidationLosses) -> dict[str, object]:

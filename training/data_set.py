@@ -97,6 +97,11 @@ class TrainingData:
         return self.datasets[folder].where(number)
 
     @property
+    def folders(self) -> list[str]:
+        """Folders of the shards, in order."""
+        return [str(dataset.folder) for dataset in self.datasets]
+
+    @property
     def sources(self) -> list[str]:
         """Names of the sources."""
         return [source.name for source in self._sources]

@@ -30,7 +30,7 @@ from training.optimizer_offload import share_state, stepped_tensor, take_loaded_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA_PREFIX, OPTIMIZER_PREFIX = "ema", "optimizer.state"
-_PREFIXES = {name: f"{OPTIMIZER_PREFIX}.{name}" for name in ("param", *MOMENTS)} | {"ema": EMA_PREFIX}
+STATE_PREFIXES = {name: f"{OPTIMIZER_PREFIX}.{name}" for name in ("param", *MOMENTS)} | {"ema": EMA_PREFIX}
 State = dict[int, dict[str, Any]]
 
 
@@ -49,7 +49,7 @@ def sharded_optimizer_state(
             if value is not None:
                 # Read beside the live tensor: a read that fails leaves it whole.
                 held = torch.empty_like(to_local_if_dtensor(value), dtype=torch.float32) if is_loading else value
-                state.setdefault(number, {})[name] = _sharded(template, item, held, _PREFIXES[name])
+                state.setdefault(number, {})[name] = _sharded(template, item, held, STATE_PREFIXES[name])
     return state
 
 

@@ -19,11 +19,18 @@ from megatron_video.layout import Hardware
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig, launched_ranks
 from training.config import PRESET_DIR, PretrainConfig
+from training.dry_run.request import add_dry_run_options, refuse_without_dry_run
 
 
 def main(argv: Sequence[str]) -> int:
     """Read the configuration, refuse what cannot work, start the ranks' process groups, train."""
     arguments = _parse(argv)
+    if arguments.dry_run:
+        # Planner and views are of no use to a run.
+        from training.dry_run.command import dry_run_pretrain
+
+        return dry_run_pretrain(arguments)
+    refuse_without_dry_run(arguments)
     config = load_config(PretrainConfig, arguments.config, arguments.overrides, PRESET_DIR)
     if arguments.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
@@ -80,6 +87,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help=f"a YAML file or a preset ({', '.join(_presets())})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="e.g. training.steps=100")
+    add_dry_run_options(parser)
     return parser.parse_args(argv)
 
 

@@ -65,13 +65,18 @@ def _read_or_encode(config: SampleVideosConfig, folder: Path, device: torch.devi
     identity = {"texts": json.dumps(texts), "shards": fingerprint, "text": str(Path(config.text).resolve())}
     states = _read(path, identity, len(texts))
     if states is None:
-        _check_encoders(config.text, fingerprint)
+        check_encoders(config.text, fingerprint)
         states = _encode(config.text, texts, device)
         _write(path, identity, states)
     return PromptStates(prompts, states[:-1], states[-1])
 
 
-def _check_encoders(text: str, fingerprint: str) -> None:
+def check_encoders(text: str, fingerprint: str) -> None:
+    """Refuse other text encoders than those of the training shards.
+
+    Raises:
+        UserError: nothing there, or others.
+    """
     found = text_fingerprint(*text_folders(text))
     if found != fingerprint:
         raise UserError(

@@ -147,16 +147,30 @@ class SampleVideos:
     def _check_vae(self, wanted: str) -> str:
         assert self.config.vae is not None
         found: str = decided_by_rank_0(lambda: _vae_fingerprint(Path(str(self.config.vae))))
-        if found != wanted:
-            raise UserError(
-                f"samples.vae={self.config.vae} is not the VAE that data.shards were encoded with ({found}, the shards "
-                f"have {wanted}); the latents would mean another thing to it"
-            )
+        refuse_other_vae(self.config.vae, found, wanted)
         return found
 
     def _settings(self) -> dict[str, Any]:
         names = ("steps", "guidance", "time_shift", "negative_prompt", "fps")
         return {"size": self.size.name, **{name: getattr(self.config, name) for name in names}}
+
+
+def refuse_other_vae(vae: str, found: str, wanted: str) -> None:
+    """Refuse to decode with another VAE than that of the training shards.
+
+    Args:
+        vae: its path.
+        found: its fingerprint.
+        wanted: that of the shards.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if found != wanted:
+        raise UserError(
+            f"samples.vae={vae} is not the VAE that data.shards were encoded with ({found}, the shards have {wanted}); "
+            "the latents would mean another thing to it"
+        )
 
 
 def _largest(data: TrainingData) -> Bucket:
