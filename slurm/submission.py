@@ -70,7 +70,7 @@ class Request:
 
 
 def add_submission_options(parser: argparse.ArgumentParser, nodes: bool = True, training: bool = True) -> None:
-    """Options of every kind; `nodes`: also those of jobs that may have several nodes; `training`: those of trainings."""
+    """Options of every kind; `nodes`: those of jobs that may have several nodes; `training`: those of trainings."""
     group = parser.add_argument_group("submission")
     group.add_argument(
         "--profile",

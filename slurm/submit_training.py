@@ -7,6 +7,7 @@ are edited later change nothing. The same command's dry run then says whether th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -170,14 +171,23 @@ def _dry_run(
         cluster = ["--cluster", profile.planner_cluster] if profile.planner_cluster else []
         result = _call([*training.module, "--config", str(path), "--dry-run", "--gpus", str(ranks), *cluster, "--json"])
     if "unrecognized arguments: --dry-run" in result.stderr:
-        return [], [f"nothing of layout, data and memory: {training.kind} has no dry run"]
+        return [], [f"by no dry run: {training.kind} has none; layout, data and memory are not known to fit"]
     return _verdict(result, ranks)
 
 
 def _verdict(result: subprocess.CompletedProcess[str], ranks: int) -> tuple[list[str], list[str]]:
+    """What the dry run's JSON says; without one it ended in a way that nobody expected."""
+    head = f"dry run on {ranks} ranks"
+    try:
+        found = json.loads(result.stdout)
+        problems, open_questions, notes = (list(found[key]) for key in ("problems", "not_checked", "notes"))
+    except (ValueError, KeyError, TypeError):
+        return [f"{head}: {_said(result)}"], []
     if result.returncode:
-        return [f"dry run on {ranks} ranks: {_said(result)}"], []
-    return [], [f"dry run on {ranks} ranks: it can run"]
+        return [f"{head}: {problem}" for problem in problems], []
+    told = [f"{head}: it can run"]
+    told += [f"{head}, note: {note}" for note in notes]
+    return [], told + [f"{head}, not looked at: {what}" for what in open_questions]
 
 
 def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
