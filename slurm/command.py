@@ -11,6 +11,8 @@ from megatron_video.errors import UserError
 # command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("slurm.submit", "check a job, freeze its code and configuration, hand it to SLURM"),
+    "preflight": ("slurm.preflight_command", "check nodes by hand, as every job does before its start"),
+    "nodes": ("slurm.nodes", "what preflight measured of every node over time, the worst first"),
 }
 
 

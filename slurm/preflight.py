@@ -24,7 +24,7 @@ from slurm.job import Job
 from slurm.preflight_checks import BadNode, judge, limits, odd_ones_out, old_drivers, sorted_by_node
 from slurm.preflight_requests import BurnRequest, HostRequest, write_request
 from slurm.preflight_steps import Outcome, Steps, clock_offsets, read_answers
-from slurm.profile import ClusterProfile
+from slurm.profile import ClusterProfile, Preflight
 from slurm.scheduler import SlurmError, ask, compress
 from slurm.scheduler import nodes as node_records
 
@@ -199,8 +199,12 @@ def _host_request(steps: Steps) -> HostRequest:
         folder=str(steps.folder),
         token=secrets.token_hex(16),
         local_folder=preflight.local_folder,
-        local_probe_mib=preflight.local_probe_mib,
-        shared_probe_mib=preflight.shared_probe_mib,
+        local_probe_mib=preflight.local_probe_mib if _speed_is_asked(preflight, "local") else 0,
+        shared_probe_mib=preflight.shared_probe_mib if _speed_is_asked(preflight, "shared") else 0,
         visible_seconds=preflight.max_visible_seconds or 0.0,
         xids=preflight.xids or [],
     )
+
+
+def _speed_is_asked(preflight: Preflight, disk: str) -> bool:
+    return any(getattr(preflight, f"min_{disk}_{way}") is not None for way in ("write", "read"))

@@ -110,6 +110,8 @@ def _free_gib(folder: Path) -> float:
 
 
 def _probe_disk(which: str, folder: Path, mib: int) -> Figures:
+    if not mib:
+        return {}
     path = folder / f".preflight-{node_name()}-{os.getpid()}"
     try:
         return {f"{which}_write": _write_speed(path, mib), f"{which}_read": _read_speed(path)}

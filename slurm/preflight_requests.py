@@ -23,6 +23,7 @@ class HostRequest:
     """Content of a file that the batch host has just written there."""
     local_folder: str
     local_probe_mib: int
+    """Size of the file that is written and read there; 0: none."""
     shared_probe_mib: int
     visible_seconds: float
     """How long to wait for the token."""

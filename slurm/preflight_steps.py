@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from slurm.containers import container_words, with_setup
 from slurm.job import Job
+from slurm.launch import step_environment
 from slurm.preflight_probes import CLOCK_MARK
 from slurm.profile import ClusterProfile
 from slurm.scheduler import compress
@@ -22,8 +22,6 @@ from slurm.scheduler import compress
 # srun ends its step on SIGTERM; it gets so long for it.
 KILL_SECONDS = 10.0
 AT_ONCE = 32
-# Options of the batch job that srun would take for those of a step.
-_NOT_FOR_STEPS = ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE", "SLURM_NO_KILL")
 
 
 @dataclass
@@ -89,8 +87,8 @@ class Steps:
     def srun(self, nodes: Sequence[str], command: Sequence[str], seconds: float, outcome: Outcome) -> str:
         """One step on `nodes`, ended after `seconds`; the last line of what its tasks and srun complained of."""
         words = [*srun_words(nodes), f"--chdir={self.job.cwd}", *command]
-        kept = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_STEPS}
-        environment = {**kept, "PYTHONPATH": str(self.job.code), "SLURM_EXPORT_ENV": "ALL"}
+        own = {"PYTHONPATH": str(self.job.code), "PYTHONSAFEPATH": "1", "SLURM_EXPORT_ENV": "ALL"}
+        environment = {**step_environment(), **own}
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
         )
@@ -123,6 +121,8 @@ def srun_words(nodes: Sequence[str]) -> list[str]:
         "--wait=0",
         "--input=none",
         "--unbuffered",
+        # All CPUs of the job, as its ranks will have.
+        "--cpu-bind=none",
     ]
 
 
