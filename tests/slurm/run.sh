@@ -16,4 +16,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 cd "$here/../.."
 python=${PYTHON:-.venv/bin/python}
-NODES=${NODES:-3} GPUS=${GPUS:-8} exec "$here/lab/box.sh" "$python" -m pytest -m slurm tests/slurm "$@"
+# All of them, unless the arguments name files.
+tests=(tests/slurm)
+for argument in "$@"; do [ ! -e "${argument%%::*}" ] || tests=(); done
+NODES=${NODES:-3} GPUS=${GPUS:-8} exec "$here/lab/box.sh" "$python" -m pytest -m slurm "${tests[@]}" "$@"
