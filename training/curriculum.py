@@ -26,6 +26,7 @@ from megatron_video.layout import Hardware
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import launched_ranks, start_distributed
 from training.curriculum_config import CURRICULUM_PRESET_DIR, CurriculumConfig, Stage, resolve_stages
+from training.dry_run.request import add_dry_run_options, refuse_without_dry_run
 from training.pretrain import run_training, set_device_environment
 from training.telemetry import write_json
 
@@ -41,8 +42,14 @@ _ORIGINS = {
 def main(argv: Sequence[str]) -> int:
     """Read the curriculum, refuse what cannot work in any of its stages, run those that are not finished."""
     arguments = _parse(argv)
+    if arguments.dry_run:
+        # Planner and views are of no use to a run.
+        from training.dry_run.curriculum import dry_run_curriculum
+
+        return dry_run_curriculum(arguments)
+    refuse_without_dry_run(arguments)
     curriculum = load_config(CurriculumConfig, arguments.config, arguments.overrides, CURRICULUM_PRESET_DIR)
-    stages = _up_to(resolve_stages(curriculum), arguments.through)
+    stages = up_to(resolve_stages(curriculum), arguments.through)
     if arguments.print_config:
         plain = {stage.name: config_to_dict(stage.config) for stage in stages}
         print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
@@ -167,6 +174,15 @@ def check_stages(stages: Sequence[Stage], ranks: int, hardware: Hardware) -> Non
             check_layout(stage.config.layout(ranks, hardware))
         except UserError as error:
             raise UserError(f"stage {stage.name!r}: {error}") from None
+    check_one_launch(stages, hardware)
+
+
+def check_one_launch(stages: Sequence[Stage], hardware: Hardware) -> None:
+    """Refuse stages that cannot follow each other in the same processes.
+
+    Raises:
+        UserError: naming them.
+    """
     sharded = [stage.name for stage in stages if stage.config.parallel.use_megatron_fsdp]
     # CUDA_DEVICE_MAX_CONNECTIONS is read once in the life of a process, and the two want other values.
     if hardware.cuda and sharded and len(sharded) < len(stages):
@@ -190,7 +206,12 @@ def describe_stage(number: int, count: int, stage: Stage, finished: dict[str, in
     )
 
 
-def _up_to(stages: list[Stage], last: str | None) -> list[Stage]:
+def up_to(stages: list[Stage], last: str | None) -> list[Stage]:
+    """The stages of a job that ends after `last`; None: all.
+
+    Raises:
+        UserError: there is no such stage.
+    """
     names = [stage.name for stage in stages]
     if last is None:
         return stages
@@ -220,6 +241,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="field=value",
         help="e.g. common.data.shards=[shards] stages.sft.settings.training.steps=100",
     )
+    add_dry_run_options(parser)
     return parser.parse_args(argv)
 
 

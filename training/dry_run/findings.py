@@ -45,8 +45,12 @@ class Findings:
 
     def leave_out(self, name: str, why: str) -> None:
         """Note that something is not looked at."""
-        self.checks.setdefault(name, "not checked")
+        self.pass_over(name)
         self.not_checked.append(f"{self._of_stage}{name}: {why}")
+
+    def pass_over(self, name: str) -> None:
+        """Note that a check is not made here; why is said once, for all stages."""
+        self.checks.setdefault(name, "not checked")
 
     def note(self, text: str) -> None:
         """Note what is good to know."""

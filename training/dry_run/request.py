@@ -87,6 +87,11 @@ class Request:
             cluster = load_cluster(arguments.cluster) if arguments.cluster is not None else None
         if not findings.passed("options"):
             return None
+        for name in sorted(skip):
+            findings.leave_out(name, f"--skip {name}")
+        if cluster is None:
+            findings.leave_out("hardware", "no --cluster is named, so kernels and devices are not known")
+            findings.leave_out("memory", "no --cluster is named, so activations, fit and step time are not known")
         world_size = arguments.gpus or (cluster.gpus if cluster is not None else launched_ranks())
         if cluster is not None:
             cluster = replace(cluster, gpus=world_size)

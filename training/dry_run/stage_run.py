@@ -101,7 +101,7 @@ def examine(
             report.views = build(Tensors.of(config), request.world_size)
     identity = data.identity if data is not None else None
     if check_checkpoint.CHECK in request.skip:
-        findings.leave_out(check_checkpoint.CHECK, "--skip checkpoint")
+        findings.pass_over(check_checkpoint.CHECK)
     else:
         report.start = check_start(config, report.views, identity, findings, made_before)
     if report.views is not None:
@@ -113,7 +113,7 @@ def examine(
 def check_disks(reports: list[StageReport], request: Request, findings: Findings) -> None:
     """Room for the checkpoints of all runs together: a finished stage's stay where they are."""
     if check_disk.CHECK in request.skip:
-        findings.leave_out(check_disk.CHECK, "--skip disk")
+        findings.pass_over(check_disk.CHECK)
         return
     needs = [report.disk for report in reports if report.disk is not None]
     check_disk.check_disk(needs, findings)
@@ -123,13 +123,11 @@ def check_disks(reports: list[StageReport], request: Request, findings: Findings
 
 def _data(config: PretrainConfig, request: Request, findings: Findings) -> CheckedData | None:
     if check_data.CHECK not in request.skip:
-        if not config.data.shards and config.data.blend is None:
+        if findings.stage is None and not config.data.shards and config.data.blend is None:
             findings.note("a run without its data is planned with --skip data")
         return check_data.check_data(config, findings)
-    findings.leave_out(check_data.CHECK, "--skip data")
-    for name in ("validation", "samples"):
-        if getattr(config, name).every:
-            findings.leave_out(name, "--skip data")
+    for name in (check_data.CHECK, "validation", "samples"):
+        findings.pass_over(name)
     return None
 
 
@@ -139,7 +137,7 @@ def _check_layout(config: PretrainConfig, request: Request, data: CheckedData | 
     for reason in refusals(config.layout(request.world_size, request.hardware, buckets)):
         findings.refuse(LAYOUT, reason)
     if request.hardware is None:
-        findings.leave_out("hardware", "no --cluster is named, so kernels and devices are not known")
+        findings.pass_over("hardware")
     elif config.parallel.transformer_impl == "transformer_engine" or config.fp8.recipe is not None:
         findings.leave_out(
             "packages", "whether Transformer Engine is on the nodes: `megatron-video doctor` there tells"
