@@ -35,7 +35,6 @@ from megatron_video.manifest import read_manifest
 from megatron_video.shard_schema import write_atomically
 from megatron_video.shards import ShardDataset
 from megatron_video.vae import VideoVAE, load_vae
-from megatron_video.vae.autoencoder import LOGVAR_RANGE
 
 JSON_FILE, SHEET_FILE = "inspect.json", "contact_sheet.png"
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -186,12 +185,11 @@ def latent_statistics(dataset: ShardDataset, numbers: Sequence[int]) -> tuple[La
     sums, squares, noise = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
     for number in progress(numbers, len(numbers), "inspect", unit="sample"):
         sample = dataset[number]
-        # [t, 2z, h, w] -> [2z, positions]
-        moments = sample.moments.double().transpose(0, 1).flatten(1)
-        mean, logvar = moments.chunk(2)
+        # [t, z, h, w] -> [z, positions]
+        mean, deviation = (part.transpose(0, 1).flatten(1) for part in sample.mean_and_deviation)
         sums += mean.sum(dim=1)
         squares += mean.square().sum(dim=1)
-        noise += torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)).sum(dim=1)
+        noise += deviation.sum(dim=1)
         count += mean.shape[1]
         largest = max(largest, float(mean.abs().max()))
         truncated += bool(sample.metadata.get("text_truncated"))
@@ -273,8 +271,8 @@ def _decoded(dataset: ShardDataset, vae: VideoVAE, numbers: Sequence[int]) -> It
     for number in numbers:
         sample = dataset[number]
         # The mean and not a draw: what the encoder says, without the noise that training adds.
-        mean, _ = sample.moments.chunk(2, dim=1)
-        frames = vae.decode(mean[None])[0].float().clamp(-1, 1)
+        mean, _ = sample.mean_and_deviation
+        frames = vae.decode(mean[None].to(sample.moments.dtype))[0].float().clamp(-1, 1)
         pixels = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         yield f"{dataset.index['bucket'][number].as_py()}  {sample.metadata.get('caption', sample.key)}", pixels
 

@@ -217,6 +217,8 @@ def _sample_faults(sample: ShardSample, dataset: ShardDataset, number: int) -> I
         yield f"captions of {dict(zip(info.captions, found, strict=True))} tokens, the index says {listed}"
     if not torch.isfinite(sample.moments).all():
         yield "moments that are not finite"
+    if sample.loser is not None and not torch.isfinite(sample.loser).all():
+        yield "a loser that is not finite"
     if sample.metadata.get("key") != sample.key or sample.metadata.get("bucket", bucket) != bucket:
         yield "the metadata names another key or bucket"
 

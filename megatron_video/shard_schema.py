@@ -34,8 +34,9 @@ except ImportError:
     from zlib import crc32 as _crc32
 
 # Raised when a reader of the old layout would misread the new one. Version 2: the columns of _VERSION_2, and several
-# captions of one sample.
+# captions of one sample. Version 3: folders of preference pairs, and only these.
 SHARD_SCHEMA_VERSION = 2
+PAIRS_SCHEMA_VERSION = 3
 INDEX_FILE = "index.parquet"
 INFO_FILE = "dataset_info.json"
 NULL_TEXT_FILE = "null_text.safetensors"
@@ -85,6 +86,20 @@ class ShardSample(NamedTuple):
     metadata: dict[str, Any]
     captions: Mapping[str, Text] = MappingProxyType({})
     """States of every kind of caption that the sample has, the first included; {}: it has one, of no named kind."""
+    loser: torch.Tensor | None = None
+    """bf16 [t, z, h, w]: the latent that lost against `moments`, which then is a latent too, [t, z, h, w], and not a
+    posterior to draw from; None: the sample is no pair."""
+
+    @property
+    def mean_and_deviation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents, each fp64 [t, z, h, w]; a winner is what it is."""
+        if self.loser is not None:
+            return self.moments.double(), torch.zeros_like(self.moments, dtype=torch.float64)
+        # Here: most readers of shards have no use for the Video-VAE.
+        from megatron_video.vae.autoencoder import LOGVAR_RANGE
+
+        mean, logvar = self.moments.double().chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,8 @@ class DatasetInfo:
     """Slots of the CLIP states of every sample."""
     captions: list[str] = field(default_factory=list)
     """Kinds of captions that samples may have, in order; []: each has one, of no named kind."""
+    pairs: bool = False
+    """Whether every sample is a pair of generated latents of one text, of which one was preferred."""
     schema_version: int = SHARD_SCHEMA_VERSION
     samples: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
@@ -113,21 +130,30 @@ class DatasetInfo:
     """sha256 of the index and the null text."""
 
 
-def check_fits(where: str, bucket: Bucket, moments: torch.Tensor, info: DatasetInfo | None = None) -> None:
-    """Refuse moments that are not [t, 2z, h, w] of the bucket's latent shape.
+def check_fits(where: str, bucket: Bucket, sample: ShardSample, info: DatasetInfo | None = None) -> None:
+    """Refuse a sample that is not of the bucket's latent shape, or a pair among samples and the reverse.
 
     Raises:
         UserError: names the sample, the bucket and both shapes.
     """
-    # Without the data set's info (in the writer) the number of channels is not known, only that there is one.
-    shape = list(moments.shape)
     frames, height, width = bucket.latent_shape
-    channels = 2 * info.latent_channels if info else (shape[1] if len(shape) == 4 else "2z")
-    if shape != [frames, channels, height, width]:
-        raise UserError(
-            f"{where}: moments {shape} do not fit bucket {bucket.name}, "
-            f"which takes {[frames, channels, height, width]} (latent frames, 2z, rows, columns)"
-        )
+    if info is not None and info.pairs != (sample.loser is not None):
+        raise UserError(f"{where}: {'no pair among' if info.pairs else 'a pair, and not one of'} the folder's samples")
+    # Without the data set's info (in the writer) the number of channels is not known, only that there is one.
+    per_channel, symbol = (1, "z") if sample.loser is not None else (2, "2z")
+    latents = {"moments": sample.moments} if sample.loser is None else {"winner": sample.moments, "loser": sample.loser}
+    for name, latent in latents.items():
+        shape = list(latent.shape)
+        channels: Any = shape[1] if len(shape) == 4 else symbol
+        channels = per_channel * info.latent_channels if info else channels
+        if shape != [frames, channels, height, width]:
+            raise UserError(
+                f"{where}: {name} {shape} do not fit bucket {bucket.name}, "
+                f"which takes {[frames, channels, height, width]} (latent frames, {symbol}, rows, columns)"
+            )
+    if sample.loser is not None and sample.loser.shape != sample.moments.shape:
+        shapes = f"winner {list(sample.moments.shape)}, loser {list(sample.loser.shape)}"
+        raise UserError(f"{where}: the members of a pair differ in shape: {shapes}")
 
 
 def encode_sample(sample: ShardSample) -> dict[str, bytes]:
@@ -142,11 +168,17 @@ def encode_sample(sample: ShardSample) -> dict[str, bytes]:
         {"caption_kinds": [*sample.captions]} if sample.captions else {}
     )
     return {
-        "latent": dump_tensors({"moments": to_stored(sample.moments)}),
+        "latent": dump_tensors(_stored_latents(sample)),
         "text": dump_tensors({name: to_stored(states) for name, states in texts.items()}),
         # Sorted, so that equal metadata gives equal bytes.
         "json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode(),
     }
+
+
+def _stored_latents(sample: ShardSample) -> dict[str, torch.Tensor]:
+    if sample.loser is None:
+        return {"moments": to_stored(sample.moments)}
+    return {"winner": to_stored(sample.moments), "loser": to_stored(sample.loser)}
 
 
 def decode_sample(key: str, payloads: Mapping[str, Content], where: str) -> ShardSample:
@@ -156,12 +188,14 @@ def decode_sample(key: str, payloads: Mapping[str, Content], where: str) -> Shar
         UserError: a payload cannot be decoded; the message starts with `where`.
     """
     try:
-        moments = _view_tensors(payloads["latent"])["moments"]
+        latents = _view_tensors(payloads["latent"])
+        loser = latents.get("loser")
+        moments = latents["moments" if loser is None else "winner"]
         text, metadata = _view_tensors(payloads["text"]), json.loads(bytes(payloads["json"]))
         kinds = metadata.get("caption_kinds", [])
         captions = {kind: (text[f"llm.{kind}"], text[f"clip.{kind}"]) for kind in kinds[1:]}
         first = text["llm"], text["clip"]
-        return ShardSample(key, moments, *first, metadata, {kinds[0]: first, **captions} if kinds else {})
+        return ShardSample(key, moments, *first, metadata, {kinds[0]: first, **captions} if kinds else {}, loser)
     except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise DamagedSampleError(f"{where}: cannot be decoded: {error}") from None
 
@@ -242,8 +276,8 @@ def read_info(folder: Path) -> DatasetInfo:
     try:
         values = json.loads(path.read_text())
         version = int(values["schema_version"])
-        if version > SHARD_SCHEMA_VERSION:
-            raise UserError(f"{path}: shard schema {version}, this program knows up to {SHARD_SCHEMA_VERSION}")
+        if version > PAIRS_SCHEMA_VERSION:
+            raise UserError(f"{path}: shard schema {version}, this program knows up to {PAIRS_SCHEMA_VERSION}")
         return DatasetInfo(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged: {error}") from None

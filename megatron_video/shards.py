@@ -40,6 +40,7 @@ from megatron_video.shard_schema import (
     INFO_FILE,
     MEMBER_SUFFIXES,
     NULL_TEXT_FILE,
+    PAIRS_SCHEMA_VERSION,
     PARTS_FOLDER,
     PAYLOADS,
     SHARD_SCHEMA_VERSION,
@@ -151,7 +152,7 @@ class ShardWriter:
 
     def _check(self, sample: ShardSample, bucket: Bucket) -> None:
         self._check_key(sample.key)
-        check_fits(f"sample {sample.key}", bucket, sample.moments)
+        check_fits(f"sample {sample.key}", bucket, sample)
         for llm, clip in ((sample.llm, sample.clip), *sample.captions.values()):
             if llm.ndim != 2 or clip.ndim != 2 or not len(llm):
                 shapes = f"llm {list(llm.shape)}, clip {list(clip.shape)}"
@@ -212,7 +213,7 @@ class ShardDataset:
         """
         row = self._row(number)
         sample = decode_sample(row.key, self._payloads(row), self._where(row))
-        check_fits(self._where(row), parse_bucket(row.bucket), sample.moments, self.rows.info)
+        check_fits(self._where(row), parse_bucket(row.bucket), sample, self.rows.info)
         return sample
 
     def payloads(self, number: int) -> dict[str, bytes]:
@@ -349,12 +350,15 @@ def finish_dataset(folder: str | Path, info: DatasetInfo) -> DatasetInfo:
         _join(parts, temporary, records, buckets)
     values = asdict(info) | {
         # Shards of an older version are in it too; the index has the columns of this one.
-        "schema_version": SHARD_SCHEMA_VERSION,
+        "schema_version": PAIRS_SCHEMA_VERSION if info.pairs else SHARD_SCHEMA_VERSION,
         "samples": sum(buckets.values()),
         "buckets": dict(sorted(buckets.items())),
         "shards": records,
         "files": {name: file_sha256(folder / name) for name in (INDEX_FILE, NULL_TEXT_FILE)},
     }
+    if not info.pairs:
+        # Readers of version 2 do not know the name.
+        del values["pairs"]
     write_atomically(folder / INFO_FILE, json.dumps(values, indent=1).encode())
     try:
         build_index(folder)

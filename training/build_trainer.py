@@ -27,6 +27,8 @@ from training.fault_config import describe_limits
 from training.initial_state import take_initial_optimizer, take_initial_weights
 from training.optimizer import build_optimizer, wrap_data_parallel
 from training.phases import Phases
+from training.preference import describe_preference, preference_identity, prepare_reference
+from training.preference_data import PairBatchBuilder
 from training.rank_table import RankTable
 from training.run_plan import plan_run
 from training.skipped_data import add_windows
@@ -47,7 +49,7 @@ def build_trainer(
     plan = plan_run(config, data)
     check_position_count(config, data, plan.sizes.draw)
     # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
-    identity = {"data set": data.fingerprint(), **plan.identity()}
+    identity = {"data set": data.fingerprint(), **plan.identity(), **preference_identity(config)}
     found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints", config.checkpoint)
     # Before the model is built: a refusal should come in the first seconds.
     if found is not None:
@@ -56,7 +58,7 @@ def build_trainer(
         checkpoint.check_same_data_plan(found, identity)
     batches = replica_batches(config, data, plan)
     # Before the model is built: the text encoders of the samples need the room, and then give it up.
-    checkups = Checkups(config, data, batches.builder, device)
+    checkups = Checkups(config, data, plain_builder(config, data), device)
     chunks = build_dit(
         config.model,
         config.parallel,
@@ -65,6 +67,8 @@ def build_trainer(
         init_seed=config.run.seed,
         fp8=config.fp8,
     )
+    # Before the model takes its own weights: the reference computes with this one.
+    batches, reference = prepare_reference(config, batches, chunks)
     # Before the optimizer is built, whose fp32 copies are taken from the weights.
     if found is None:
         take_initial_weights(config.run, chunks)
@@ -81,6 +85,8 @@ def build_trainer(
     telemetry = start_telemetry(config, state.step)
     # On all ranks: counting parameters is a collective.
     for line in describe_run(config, data, plan, model):
+        telemetry.say(line)
+    for line in describe_preference(config):
         telemetry.say(line)
     for line in checkups.describe():
         telemetry.say(line)
@@ -111,6 +117,7 @@ def build_trainer(
         stop,
         checkups,
         ranks,
+        reference,
     )
 
 
@@ -136,8 +143,17 @@ def check_position_count(config: PretrainConfig, data: TrainingData, draw_sizes:
 
 
 def replica_batches(config: PretrainConfig, data: TrainingData, plan: DataPlan) -> StepBatches:
-    """This replica's batches, by step."""
-    builder = BatchBuilder(
+    """This replica's batches, by step; of pairs, without the reference's errors."""
+    builder = plain_builder(config, data)
+    if config.dpo is not None:
+        builder = PairBatchBuilder(**vars(builder))
+    rank, size = data_parallel_rank(), data_parallel_size()
+    return StepBatches(builder, plan, rank, size, leave_out_corrupt=config.data.max_corrupt_samples > 0)
+
+
+def plain_builder(config: PretrainConfig, data: TrainingData) -> BatchBuilder:
+    """What makes batches of single samples."""
+    return BatchBuilder(
         data=data,
         noise=NoiseSource(config.run.seed, config.run.stage),
         density=config.flow,
@@ -145,8 +161,6 @@ def replica_batches(config: PretrainConfig, data: TrainingData, plan: DataPlan) 
         text_dtype=DTYPES[config.training.precision],
         model=config.model,
     )
-    rank, size = data_parallel_rank(), data_parallel_size()
-    return StepBatches(builder, plan, rank, size, leave_out_corrupt=config.data.max_corrupt_samples > 0)
 
 
 def start_telemetry(config: PretrainConfig, first_step: int) -> Telemetry:

@@ -21,6 +21,7 @@ from training.checkpoint_config import CheckpointConfig
 from training.data_config import DataConfig as DataConfig
 from training.fault_config import FaultConfig
 from training.optimizer_config import AdamWConfig as AdamWConfig
+from training.preference_config import PreferenceConfig
 from training.sample_videos_config import SampleVideosConfig
 from training.telemetry_config import TelemetryConfig
 from training.validation_config import ValidationConfig
@@ -151,6 +152,8 @@ class PretrainConfig:
     """Loss on held-out samples."""
     samples: SampleVideosConfig = field(default_factory=SampleVideosConfig)
     """Sample videos during training."""
+    dpo: PreferenceConfig | None = None
+    """Train on preference pairs (`python -m training.dpo`); null: on samples."""
 
     def __post_init__(self) -> None:
         """Refuse contradictions between the groups.
@@ -171,12 +174,40 @@ class PretrainConfig:
                 f"optimizer.warmup_steps={warmup} and the {fall} steps of its decay are more than training.steps="
                 f"{self.training.steps}; shorten one of them"
             )
+        if self.dpo is not None:
+            self._check_preferences(self.dpo)
         uses_averages = any(group.every and group.ema for group in (self.validation, self.samples))
         if uses_averages and self.ema.decay is not None and self.fp8.param_gather:
             raise ValueError(
                 "validation.ema and samples.ema put the averaged weights in the place of the trained ones and back, "
                 "which weights kept in FP8 (fp8.param_gather=true) may not survive unchanged; set both to false"
             )
+
+    def _check_preferences(self, dpo: PreferenceConfig) -> None:
+        """Refuse what pairs do not go with.
+
+        Raises:
+            ValueError: naming the fields, the values and the way out.
+        """
+        if dpo.reference_weights is None and self.run.initial_weights is None:
+            raise ValueError("dpo needs a reference: set run.initial_weights, or dpo.reference_weights")
+        refused = {
+            f"data.pack_tokens={self.data.pack_tokens}": self.data.pack_tokens is not None,
+            f"data.max_corrupt_samples={self.data.max_corrupt_samples}": self.data.max_corrupt_samples > 0,
+        }
+        for setting, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"{setting} does not go with preference pairs; leave it at its default")
+        if dpo.reference == "swapped":
+            for name, is_set in {
+                "parallel.use_megatron_fsdp": self.parallel.use_megatron_fsdp,
+                "fp8.param_gather": self.fp8.param_gather,
+            }.items():
+                if is_set:
+                    raise ValueError(
+                        f"dpo.reference=swapped exchanges whole weights, which {name}=true does not keep; take "
+                        "dpo.reference=precomputed"
+                    )
 
     def layout(
         self, world_size: int | None = None, hardware: Hardware | None = None, buckets: list[str] | None = None

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Batch:
     counted: bool = True
     """Whether it counts in loss and gradient; see BatchBuilder.stand_in."""
 
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Names of what its loss reports beside sums and counts."""
+
     def select(self, rows: list[int]) -> Batch:
         """The same batch with these rows alone, padded as if they had been batched alone."""
         slots = 0 if self.clip_states is None else self.clip_states.shape[1]
@@ -84,6 +87,9 @@ class BatchBuilder:
     text_dtype: torch.dtype
     model: DiTConfig
 
+    rows_per_sample: ClassVar[int] = 1
+    """Rows of a batch that a sample becomes."""
+
     def build(self, planned: PlannedBatch) -> Batch:
         """Read, noise and collate the samples of one micro-batch.
 
@@ -91,7 +97,7 @@ class BatchBuilder:
             UserError: a sample is damaged, or its latent does not fit its bucket.
         """
         drawn = zip(planned.samples, planned.epochs, strict=True)
-        return self._collate([self._row(int(sample), int(epoch)) for sample, epoch in drawn])
+        return self.collate([self._row(int(sample), int(epoch)) for sample, epoch in drawn])
 
     def build_readable(self, planned: PlannedBatch) -> tuple[Batch | None, dict[int, str]]:
         """The batch of the samples that can be read (None: there is none), and why not by row of those that cannot."""
@@ -101,7 +107,7 @@ class BatchBuilder:
                 rows.append(self._row(int(sample), int(epoch)))
             except DamagedSampleError as error:
                 damaged[number] = str(error)
-        return self._collate(rows) if rows else None, damaged
+        return self.collate(rows) if rows else None, damaged
 
     def stand_in(self, planned: PlannedBatch) -> Batch:
         """One sample of the batch's shape that counts for nothing, where none of its own can be read.
@@ -114,10 +120,10 @@ class BatchBuilder:
         noise = self.noise.noise(epoch, sample, (shape.frames, channels, shape.height, shape.width))
         llm, clip = self.data.null_text
         # On the path from noise to the same noise: finite everywhere, with a target of zero.
-        row = _Row(0.0, 0.5, noise, noise, llm, clip, self.noise.dropout_seed(epoch, sample))
-        return replace(self._collate([row]), counted=False)
+        row = Row(0.0, 0.5, noise, noise, llm, clip, self.noise.dropout_seed(epoch, sample))
+        return replace(self.collate([row]), counted=False)
 
-    def _collate(self, rows: list[_Row]) -> Batch:
+    def collate(self, rows: list[Row]) -> Batch:
         # Row r of every tensor below belongs to rows[r].
         time = torch.tensor([row.time for row in rows], dtype=torch.float32)
         data, noise = torch.stack([row.data for row in rows]), torch.stack([row.noise for row in rows])
@@ -139,23 +145,30 @@ class BatchBuilder:
             dropout_seeds=torch.tensor([row.dropout_seed for row in rows]) if self.model.hidden_dropout else None,
         )
 
-    def _row(self, sample: int, epoch: int) -> _Row:
+    def _row(self, sample: int, epoch: int) -> Row:
         stored = self.data[sample]
-        # The VAE stores the posterior, not a draw from it: every epoch sees another draw.
-        moments = stored.moments.float()
-        shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
         # Of this sample alone, whatever it is batched with.
-        tokens = moments.shape[0] * moments[0, 0].numel() // self.model.patch_size**2
+        tokens = stored.moments[:, 0].numel() // self.model.patch_size**2
+        latent = self._latent(stored, sample, epoch)
         llm, clip = self._text(stored, sample, epoch)
-        return _Row(
+        return Row(
             fps=float(stored.metadata["fps"]) if self.model.use_additional_conditions else 0.0,
             time=self.noise.timestep(epoch, sample, self.density.for_tokens(tokens)),
-            data=sample_posterior(moments, self.noise.posterior(epoch, sample, shape)),
-            noise=self.noise.noise(epoch, sample, shape),
+            data=latent,
+            noise=self.noise.noise(epoch, sample, latent.shape),
             llm=llm,
             clip=clip,
             dropout_seed=self.noise.dropout_seed(epoch, sample),
+            loser=None if stored.loser is None else stored.loser.float(),
         )
+
+    def _latent(self, stored: ShardSample, sample: int, epoch: int) -> Tensor:
+        if stored.loser is not None:
+            return stored.moments.float()
+        # The VAE stores the posterior, not a draw from it: every epoch sees another draw.
+        moments = stored.moments.float()
+        shape = (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:])
+        return sample_posterior(moments, self.noise.posterior(epoch, sample, shape))
 
     def _text(self, stored: ShardSample, sample: int, epoch: int) -> Text:
         # The encoded empty caption, not zeros: sampling guides against the same states.
@@ -169,7 +182,7 @@ class BatchBuilder:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     fps: float
     time: float
     data: Tensor
@@ -177,6 +190,7 @@ class _Row:
     llm: Tensor
     clip: Tensor
     dropout_seed: int
+    loser: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +236,7 @@ class StepBatches(Dataset[StepData]):
     def __getitem__(self, step: int) -> StepData:
         # All replicas plan the whole step; the sizes of the global batch then need no communication.
         planned, data, model = self.plan.step(step), self.builder.data, self.builder.model
+        rows = self.builder.rows_per_sample
         own = self.plan.deal(planned, self.rank, self.size)
         batches, corrupt = self._build(own)
         return StepData(
@@ -229,8 +244,8 @@ class StepBatches(Dataset[StepData]):
             planned=own,
             corrupt=corrupt,
             samples=sum(len(batch.samples) for batch in planned),
-            tokens=sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
-            flops=sum(data.flops(model, name, samples) for name, samples in samples_by_bucket(planned).items()),
+            tokens=rows * sum(len(batch.samples) * self._tokens[batch.bucket] for batch in planned),
+            flops=rows * sum(data.flops(model, name, samples) for name, samples in samples_by_bucket(planned).items()),
         )
 
     def _build(self, own: list[PlannedBatch]) -> tuple[list[Batch], list[CorruptSample]]:

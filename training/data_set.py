@@ -31,9 +31,11 @@ class TrainingData:
         sources: instead of folders: folders by source, with weights and subsets.
         sample_weights: draw samples by their weights where they have some.
         read_attempts: how often a sample is read before it counts as damaged.
+        pairs: whether the folders must hold preference pairs, or must not.
 
     Raises:
-        UserError: no folder, none of the wanted buckets is there, or folders encoded with different encoders.
+        UserError: no folder, folders of the other kind, none of the wanted buckets is there, or folders encoded with
+            different encoders.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class TrainingData:
         sources: Sequence[DataSource] | None = None,
         sample_weights: bool = True,
         read_attempts: int = 1,
+        pairs: bool = False,
     ) -> None:
         self._sources = sources or sources_of(DataConfig(shards=list(folders)))
         # Order matters: it numbers the samples, and the number is part of every noise key.
         opened = [(source, folder) for source in self._sources for folder in source.folders]
         self.datasets = [ShardDataset(folder, read_attempts=read_attempts) for _, folder in opened]
+        self._check_kind(pairs)
         self._check_one_encoding()
         # _starts[f] is the global number of the first sample of folder f, and the last entry their count.
         self._starts = np.array([0, *accumulate(len(dataset) for dataset in self.datasets)])
@@ -64,8 +68,8 @@ class TrainingData:
         self.caption_weights: dict[str, float] = {}
 
     @classmethod
-    def open(cls, config: DataConfig) -> TrainingData:
-        """The data set of a configuration.
+    def open(cls, config: DataConfig, pairs: bool = False) -> TrainingData:
+        """The data set of a configuration, of preference pairs or of samples.
 
         Raises:
             UserError: as the class does, or kinds of captions that the shards do not have.
@@ -75,6 +79,7 @@ class TrainingData:
             sources=sources_of(config),
             sample_weights=config.sample_weights,
             read_attempts=config.read_attempts,
+            pairs=pairs,
         )
         data.weigh_captions(config.caption_weights)
         return data
@@ -244,6 +249,16 @@ class TrainingData:
                     f"{dataset.folder} has no sample of the subsets {unknown}; it has "
                     f"{', '.join(names) if names else 'none: `megatron-video data filter` names them before encode'}"
                 )
+
+    def _check_kind(self, pairs: bool) -> None:
+        for dataset in self.datasets:
+            if dataset.rows.info.pairs != pairs:
+                found, way_out = (
+                    ("preference pairs", "train on them with `python -m training.dpo`")
+                    if dataset.rows.info.pairs
+                    else ("single samples, not preference pairs", "`megatron-video dpo pair` makes pairs")
+                )
+                raise UserError(f"data.shards: {dataset.folder} holds {found}; {way_out}")
 
     def _check_one_encoding(self) -> None:
         first = self.datasets[0]

@@ -73,7 +73,7 @@ def run_steps(trainer: Trainer) -> str:
         result = train_step(
             trainer.model,
             trainer.optimizer,
-            step.batches,
+            trainer.with_reference(step.batches),
             trainer.stop.flags(),
             phases,
             trainer.layer_probe(),
@@ -119,4 +119,5 @@ def step_metrics(
         positions_by_time=result.positions_by_time,
         rollbacks=len(state.rollbacks),
         layer_norms=result.layer_norms,
+        preference=result.measures or None,
     )

@@ -10,11 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
+from megatron_video.errors import UserError
 from megatron_video.layout import Hardware
 from megatron_video.layout_rules import check_layout
 from megatron_video.parallel import ParallelConfig, launched_ranks
@@ -24,14 +26,31 @@ from training.dry_run.request import add_dry_run_options, refuse_without_dry_run
 
 def main(argv: Sequence[str]) -> int:
     """Read the configuration, refuse what cannot work, start the ranks' process groups, train."""
-    arguments = _parse(argv)
+    about = "Train the video DiT on pre-encoded shards; continues by itself from <run.output_dir>/checkpoints."
+    return run_command_line(argv, "megatron-video pretrain", about, PRESET_DIR)
+
+
+def run_command_line(
+    argv: Sequence[str], program: str, about: str, preset_dir: Path, needs_preferences: bool = False
+) -> int:
+    """The command line of a training on samples, or on preference pairs.
+
+    Raises:
+        UserError: a configuration, layout, data or a checkpoint that cannot work.
+    """
+    arguments = _parse(argv, program, about, preset_dir)
     if arguments.dry_run:
         # Planner and views are of no use to a run.
         from training.dry_run.command import dry_run_pretrain
 
-        return dry_run_pretrain(arguments)
+        return dry_run_pretrain(arguments, preset_dir)
     refuse_without_dry_run(arguments)
-    config = load_config(PretrainConfig, arguments.config, arguments.overrides, PRESET_DIR)
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides, preset_dir)
+    if needs_preferences != (config.dpo is not None):
+        raise UserError(
+            f"{arguments.config}: {'has no' if needs_preferences else 'has a'} group `dpo`: "
+            f"{'add it, such as dpo.beta=500' if needs_preferences else 'train with `python -m training.dpo`'}"
+        )
     if arguments.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
@@ -60,7 +79,7 @@ def run_training(config: PretrainConfig, keep_distributed: bool = False) -> int:
     from training.loop import train
 
     # Also before: a wrong folder is then one line, not a stack trace of every rank.
-    data = TrainingData.open(config.data)
+    data = TrainingData.open(config.data, pairs=config.dpo is not None)
     data.check_model(config.model)
     check_layout(config.layout(ranks, hardware, list(data.buckets)))
     initialize_parallel(config.parallel, config.run.seed, device)
@@ -78,21 +97,19 @@ def set_device_environment(parallel: ParallelConfig) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str], program: str, about: str, preset_dir: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="megatron-video pretrain",
-        description="Train the video DiT on pre-encoded shards; continues by itself from <run.output_dir>/checkpoints.",
+        prog=program,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Fields and their meaning: training/config.py, or --print-config.",
     )
-    parser.add_argument("--config", required=True, help=f"a YAML file or a preset ({', '.join(_presets())})")
+    presets = ", ".join(sorted(path.stem for path in preset_dir.glob("*.yaml")))
+    parser.add_argument("--config", required=True, help=f"a YAML file or a preset ({presets})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="e.g. training.steps=100")
     add_dry_run_options(parser)
     return parser.parse_args(argv)
-
-
-def _presets() -> list[str]:
-    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
 if __name__ == "__main__":

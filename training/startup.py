@@ -218,12 +218,12 @@ def _latents(data: TrainingData) -> str:
     sums, read = torch.zeros(4, dtype=torch.float64), 0
     for sample in chosen:
         try:
-            mean, logvar = data[int(sample)].moments.double().chunk(2, dim=1)
+            mean, deviation = data[int(sample)].mean_and_deviation
         except DamagedSampleError:
             # What becomes of it is decided when it is drawn.
             continue
         count = torch.tensor(float(mean.numel()))
-        sums += torch.stack([count, mean.sum(), mean.square().sum(), logvar.exp().sum()])
+        sums += torch.stack([count, mean.sum(), mean.square().sum(), deviation.square().sum()])
         read += 1
     _, mean_value, square, variance = (sums / sums[0]).tolist()
     spread = math.sqrt(max(0.0, square - mean_value**2) + variance)

@@ -68,6 +68,8 @@ class StepMetrics:
     """How often the run went back behind a spike so far; the step numbers after each come again."""
     layer_norms: LayerNorms | None = None
     """Sizes of the layers, on the steps that measured them; other lines have no such entry."""
+    preference: dict[str, float] | None = None
+    """Of runs on preference pairs: means over the global batch of what training/preference_loss.py names."""
 
 
 class Telemetry:
@@ -203,6 +205,12 @@ class Telemetry:
             "data wait share": sum(metrics.data_seconds for metrics in window) / seconds,
             "tokens per second": sum(metrics.tokens for metrics in window) / seconds,
         }
+        pairs: dict[str, float] = {}
+        if last.preference is not None:
+            for name in last.preference:
+                values = [metrics.preference[name] for metrics in window if metrics.preference is not None]
+                pairs[name] = sum(values) / len(values)
+                self._board.add_scalar(f"preference/{name}", pairs[name], last.step)
         if self.peak_flops is not None:
             scalars["MFU"] = sum(metrics.flops for metrics in window) / seconds / self.peak_flops
         for name, value in scalars.items():
@@ -212,9 +220,9 @@ class Telemetry:
         for index, loss in enumerate(window_loss_by_time(window)):
             if loss is not None:
                 self._board.add_scalar(f"loss_by_time/{bin_label(index)}", loss, last.step)
-        self.say(self._console_line(last.step, scalars))
+        self.say(self._console_line(last.step, scalars, pairs))
 
-    def _console_line(self, step: int, scalars: dict[str, float]) -> str:
+    def _console_line(self, step: int, scalars: dict[str, float], pairs: dict[str, float]) -> str:
         left = timedelta(seconds=round((self.total_steps - step) * scalars["seconds per step"]))
         parts = [
             f"step {step}/{self.total_steps}",
@@ -225,6 +233,8 @@ class Telemetry:
             f"{scalars['tokens per second']:,.0f} tokens/s",
             f"data {scalars['data wait share']:.1%}",
         ]
+        if pairs:
+            parts.append(f"margin {pairs['reward_margin']:+.4f} accuracy {pairs['reward_accuracy']:.1%}")
         if "MFU" in scalars:
             parts.append(f"MFU {scalars['MFU']:.1%}")
         return " | ".join([*parts, f"left {left}"])

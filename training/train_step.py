@@ -21,6 +21,7 @@ from training.layer_norms import LayerNorms, LayerProbe
 from training.optimizer import ReadyGradients
 from training.packing import PackedBatch, most_positions, packed
 from training.phases import Phases
+from training.preference_data import PairBatch, pair_loss
 from training.stop_signal import STOP_REASONS
 from training.time_bins import TIME_BINS, bin_by_time
 
@@ -32,7 +33,7 @@ class StepResult:
     """What one step did, equal on all ranks."""
 
     loss: float
-    """Mean squared error of the velocity over the global batch."""
+    """Mean squared error of the velocity over the global batch; of pairs, the mean preference loss."""
     grad_norm: float
     """Global gradient norm before clipping."""
     refused: bool
@@ -42,11 +43,13 @@ class StepResult:
     loss_sums_by_time: list[float]
     """The loss apart by t, in TIME_BINS equal parts of [0, 1): squared errors of the global batch, ..."""
     positions_by_time: list[int]
-    """... and latent positions."""
+    """... and latent positions; of pairs, their number."""
     corrupt_samples: int = 0
     """Samples of the global batch that could not be read and were left out."""
     layer_norms: LayerNorms | None = None
     """Where they were asked for."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the loss reports beside itself: means over the global batch."""
     batch_losses: list[Tensor] = field(default_factory=list)
     """This replica's own, on the last stage, left on the device: sums of the loss of each micro-batch, by t."""
 
@@ -76,12 +79,12 @@ def train_step(
         probe.start()
     # Gradients come back summed over replicas and divided by the global count.
     by_batch = forward_backward(model, packed(batches, pack_positions))
-    sums_and_counts = by_batch.sum(0)
+    sums = by_batch.sum(0)
     phases.enter("agree")
     gradients = ReadyGradients.prepare(optimizer)
     layer_norms = None if probe is None else probe.finish()
     # All ranks learn here what all ranks found, before any weight changes.
-    result = _agree(sums_and_counts, gradients.norm, stop_flags, corrupt_samples)
+    result = _agree(sums, batches[0].measures, gradients.norm, stop_flags, corrupt_samples)
     phases.enter("update")
     if not result.refused:
         gradients.apply()
@@ -94,8 +97,8 @@ def forward_backward(
     """Run megatron-core's schedule over `batches`; gradients end up reduced and divided by the global count.
 
     Returns:
-        [m, 2, TIME_BINS] fp64: sum of the loss and number of latent positions, by t, of each of this replica's m
-        micro-batches (of each part where they are packed); m = 0 but on the last stage.
+        [m, 2 + n, TIME_BINS] fp64: sum of the loss, number of latent positions and sums of the batches' n measures, by
+        t, of each of this replica's m micro-batches (of each part where they are packed); m = 0 but on the last stage.
     """
     outputs = run_schedule(
         forward_step,
@@ -107,11 +110,12 @@ def forward_backward(
         max(1 if isinstance(batch, PackedBatch) else len(batch.latents) for batch in batches),
         forward_only,
     )
+    rows = 2 + (0 if isinstance(batches[0], PackedBatch) else len(batches[0].measures))
     # Stages before the last compute no loss.
     if not outputs:
-        return torch.zeros(0, 2, TIME_BINS, dtype=torch.float64, device=next(model[0].parameters()).device)
+        return torch.zeros(0, rows, TIME_BINS, dtype=torch.float64, device=next(model[0].parameters()).device)
     # fp64: sums of thousands of micro-batches keep their digits.
-    return torch.cat([output["sums_and_counts"].view(-1, 2, TIME_BINS) for output in outputs])
+    return torch.cat([output["sums_and_counts"].view(-1, rows, TIME_BINS) for output in outputs])
 
 
 def run_schedule(
@@ -155,6 +159,8 @@ def forward_step(batches: Iterator[Batch | PackedBatch], model: torch.nn.Module)
     batch = next(batches).to(torch.device(next(model.parameters()).device))
     if isinstance(batch, PackedBatch):
         return model(**batch.arguments()), functools.partial(packed_loss, batch.parts)
+    if isinstance(batch, PairBatch):
+        return predict(batch, model), functools.partial(pair_loss, batch)
     return predict(batch, model), functools.partial(velocity_loss, batch.target, batch.timestep, counted=batch.counted)
 
 
@@ -207,23 +213,27 @@ def velocity_loss(
     return errors.sum(), count, {"sums_and_counts": bin_by_time(timestep, errors.detach(), positions)}
 
 
-def _agree(sums_and_counts: Tensor, grad_norm: float, stop_flags: Sequence[bool], corrupt_samples: int) -> StepResult:
+def _agree(
+    sums: Tensor, measures: Sequence[str], grad_norm: float, stop_flags: Sequence[bool], corrupt_samples: int
+) -> StepResult:
     """Add loss sums and flags over all ranks in one reduction, so that every rank decides alike."""
     flags = [not math.isfinite(grad_norm), *stop_flags, *[False] * (len(STOP_REASONS) - len(stop_flags))]
-    # [loss sums by t, counts by t, flags, samples left out]; one collective a step for all of it.
-    shared = torch.zeros(2 * TIME_BINS + len(flags) + 1, dtype=torch.float64)
-    shared[2 * TIME_BINS :] = torch.tensor([*flags, corrupt_samples])
-    shared = shared.to(sums_and_counts.device, non_blocking=True)
+    # [loss sums by t, counts by t, sums of each measure by t, flags, samples left out]; one collective a step for it.
+    shared = torch.zeros(sums.numel() + len(flags) + 1, dtype=torch.float64)
+    shared[sums.numel() :] = torch.tensor([*flags, corrupt_samples])
+    shared = shared.to(sums.device, non_blocking=True)
     # Tensor- and context-parallel ranks hold the same loss: it is counted once.
     if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
-        shared[: 2 * TIME_BINS] = sums_and_counts.flatten()
+        shared[: sums.numel()] = sums.flatten()
     torch.distributed.all_reduce(shared)
     # Beside the gradient norm, the one moment of a step in which the host waits for the device.
     values = shared.tolist()
-    sums, counts = values[:TIME_BINS], [int(count) for count in values[TIME_BINS : 2 * TIME_BINS]]
-    broken, *stops, corrupt = values[2 * TIME_BINS :]
+    by_time = [values[start : start + TIME_BINS] for start in range(0, sums.numel(), TIME_BINS)]
+    losses, counts = by_time[0], [int(count) for count in by_time[1]]
+    broken, *stops, corrupt = values[sums.numel() :]
     # Not a number where not one sample of the global batch could be read.
-    loss = sum(sums) / sum(counts) if any(counts) else math.nan
+    loss = sum(losses) / sum(counts) if any(counts) else math.nan
     refused = broken > 0 or not math.isfinite(loss)
     reason = next((name for name, stop in zip(STOP_REASONS, stops, strict=True) if stop), None)
-    return StepResult(loss, grad_norm, refused, reason, sums, counts, int(corrupt))
+    means = {name: sum(row) / max(1, sum(counts)) for name, row in zip(measures, by_time[2:], strict=True)}
+    return StepResult(loss, grad_norm, refused, reason, losses, counts, int(corrupt), measures=means)

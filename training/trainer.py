@@ -16,7 +16,7 @@ from training.checkpoint_saver import CheckpointSaver, SaveReport
 from training.checkups import Checkups
 from training.config import PretrainConfig
 from training.corrupt_samples import ReplicaAgreement, check_corrupt
-from training.data import StepBatches, StepData, iterate_steps
+from training.data import Batch, StepBatches, StepData, iterate_steps
 from training.data_plan import DataPlan
 from training.data_set import TrainingData
 from training.diverged import DivergedError
@@ -26,6 +26,7 @@ from training.layer_norms import LayerProbe
 from training.optimizer import learning_rate, set_learning_rate
 from training.phases import Phases
 from training.rank_table import RankTable
+from training.reference_pass import SwappedReference
 from training.refused_steps import name_batches
 from training.rollback import tell_spike
 from training.skipped_data import RemainingSteps, data_step
@@ -56,6 +57,8 @@ class Trainer:
     stop: StopSignal
     checkups: Checkups
     ranks: RankTable
+    reference: SwappedReference | None = None
+    """Of runs on preference pairs that compute the reference's errors in every step."""
     saver: CheckpointSaver = field(init=False)
     stragglers: StragglerWatch = field(init=False)
 
@@ -91,6 +94,13 @@ class Trainer:
             key = self.data.where(found.sample)
             self.events.record("corrupt_sample", self.state.step, key=key, reason=found.reason)
         return len(step.corrupt)
+
+    def with_reference(self, batches: list[Batch]) -> list[Batch]:
+        """Micro-batches with all that their loss needs."""
+        if self.reference is None:
+            return batches
+        self.phases.enter("forward_backward")
+        return self.reference.with_errors(self.model, batches)
 
     def layer_probe(self) -> LayerProbe | None:
         """What measures the layers in the step to come, if that is one of those that do."""

@@ -80,7 +80,7 @@ def _open(config: PretrainConfig, findings: Findings) -> TrainingData | None:
     if not findings.passed(CHECK):
         return None
     with findings.check(CHECK):
-        return TrainingData.open(config.data)
+        return TrainingData.open(config.data, pairs=config.dpo is not None)
     return None
 
 

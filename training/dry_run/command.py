@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_video.config_io import load_config
 from training.config import PRESET_DIR, PretrainConfig
@@ -18,7 +19,7 @@ from training.dry_run.request import Request
 from training.dry_run.stage_run import check_disks, examine
 
 
-def dry_run_pretrain(arguments: argparse.Namespace) -> int:
+def dry_run_pretrain(arguments: argparse.Namespace, preset_dir: Path = PRESET_DIR) -> int:
     """A dry run of one configuration.
 
     Returns:
@@ -31,7 +32,7 @@ def dry_run_pretrain(arguments: argparse.Namespace) -> int:
     report = Report("pretrain", Request.of(arguments, findings), [findings])
     config: PretrainConfig | None = None
     with findings.check("config"):
-        config = load_config(PretrainConfig, arguments.config, arguments.overrides, PRESET_DIR)
+        config = load_config(PretrainConfig, arguments.config, arguments.overrides, preset_dir)
     if config is not None and report.request is not None:
         report.stages = [examine(config, report.request, findings)]
         check_disks(report.stages, report.request, findings)
