@@ -23,6 +23,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "pretrain": ("slurm.submit_training", "train the DiT on one or more nodes"),
     "curriculum": ("slurm.submit_training", "stages of pretraining, one after the other, as one job"),
     "vae": ("slurm.submit_training", "train the Video-VAE"),
+    "data": ("slurm.data_chain", "a stage of data preparation, or a recipe, as arrays with joins"),
+    "chain": ("slurm.submit_chain", "stages of any kind from a YAML file, each after those before it"),
 }
 
 
@@ -74,7 +76,7 @@ def submit_job(
         for _ in range(chain):
             waits = [f"--dependency={','.join([*job.after, f'afterany:{numbers[-1]}'])}"] if numbers else []
             numbers.append(scheduler.submit([*words, *waits], batch, [str(job.folder)]))
-            record_submission(job, numbers, [*words, batch, str(job.folder)])
+            record_submission(job, numbers, [*words, batch, str(job.folder)], script, list(options))
     except BaseException:
         # A chain of which a part is queued is no chain.
         if numbers:

@@ -110,14 +110,23 @@ def submit_training(kind: str, argv: Sequence[str]) -> int:
     return submit_or_show(prepare(training, profile, arguments), arguments)
 
 
-def prepare(training: Training, profile: ClusterProfile, arguments: argparse.Namespace) -> Request:
+def prepare(
+    training: Training, profile: ClusterProfile, arguments: argparse.Namespace, cwd: Path | None = None
+) -> Request:
     """The job of a training: its configuration resolved, its dry run done.
+
+    Args:
+        training: its kind.
+        profile: of the cluster.
+        arguments: of `parse`.
+        cwd: where relative paths begin and the job runs; None: here.
 
     Raises:
         UserError: a configuration that the training refuses.
     """
-    resolved = resolve(training, arguments.config, arguments.overrides)
-    run_dir = Path(training.output(resolved)).absolute()
+    cwd = cwd or Path.cwd()
+    resolved = resolve(training, arguments.config, arguments.overrides, cwd)
+    run_dir = cwd / training.output(resolved)
     config = yaml.safe_dump(training.relocated(resolved, str(run_dir)), sort_keys=False, allow_unicode=True)
     through = ["--through", arguments.through] if getattr(arguments, "through", None) else []
     job = planned_job(
@@ -126,6 +135,7 @@ def prepare(training: Training, profile: ClusterProfile, arguments: argparse.Nam
         kind=training.kind,
         command=[*training.module, "--config", f"{{folder}}/{CONFIG_FILE}", *through],
         gpus_per_node=profile.slurm.gpus_per_node,
+        cwd=cwd,
     )
     restarts = profile.restarts
     options = [f"--signal=B:USR1@{restarts.warning_seconds}", "--requeue" if restarts.requeue else "--no-requeue"]
@@ -145,13 +155,13 @@ def prepare(training: Training, profile: ClusterProfile, arguments: argparse.Nam
     )
 
 
-def resolve(training: Training, config: str, overrides: Sequence[str]) -> dict[str, Any]:
+def resolve(training: Training, config: str, overrides: Sequence[str], cwd: Path) -> dict[str, Any]:
     """The configuration as the training's own command resolves it.
 
     Raises:
         UserError: in that command's words.
     """
-    result = _call([*training.module, "--config", config, "--print-config", *overrides])
+    result = _call([*training.module, "--config", config, "--print-config", *overrides], cwd)
     if result.returncode:
         raise UserError(_said(result))
     values: dict[str, Any] = yaml.safe_load(result.stdout)
@@ -169,7 +179,9 @@ def _dry_run(
         path = Path(folder) / CONFIG_FILE
         path.write_text(config, encoding="utf-8")
         cluster = ["--cluster", profile.planner_cluster] if profile.planner_cluster else []
-        result = _call([*training.module, "--config", str(path), "--dry-run", "--gpus", str(ranks), *cluster, "--json"])
+        result = _call(
+            [*training.module, "--config", str(path), "--dry-run", "--gpus", str(ranks), *cluster, "--json"], job.cwd
+        )
     if "unrecognized arguments: --dry-run" in result.stderr:
         return [], [f"by no dry run: {training.kind} has none; layout, data and memory are not known to fit"]
     return _verdict(result, ranks)
@@ -190,10 +202,10 @@ def _verdict(result: subprocess.CompletedProcess[str], ranks: int) -> tuple[list
     return [], told + [f"{head}, not looked at: {what}" for what in open_questions]
 
 
-def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _call(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     # The code that will be frozen, even where another version is installed; relative paths as the user means them.
     environment = os.environ | {"PYTHONPATH": str(source_root()), "PYTHONSAFEPATH": "1"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 def _said(result: subprocess.CompletedProcess[str]) -> str:
@@ -203,6 +215,7 @@ def _said(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line of `slurm submit KIND`."""
     training = TRAININGS[kind]
     parser = argparse.ArgumentParser(
         prog=f"megatron-video slurm submit {kind}",

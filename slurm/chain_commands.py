@@ -1,0 +1,127 @@
+"""What `megatron-video slurm status | resume | cancel | logs` do where a chain is meant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_video.errors import UserError
+from megatron_video.run_lock import run_lock
+from slurm import scheduler
+from slurm.chain_record import ChainRecord
+from slurm.chain_status import StageState, chain_states, chain_verdict, describe_chain, states_as_json
+from slurm.chain_submit import Submission, units_left
+from slurm.job import PROFILE_FILE
+from slurm.profile import ClusterProfile, load_profile
+from slurm.submit_chain import refuse, tell
+
+_LOCK = ".submit.lock"
+_TAIL_LINES = 20
+
+
+def show_chain(record: ChainRecord, as_json: bool) -> int:
+    """Print how a chain stands.
+
+    Raises:
+        SlurmError: the queue cannot be read.
+    """
+    states = chain_states(record)
+    print(json.dumps(states_as_json(record, states), indent=1) if as_json else describe_chain(record, states))
+    return 0
+
+
+def resume_chain(record: ChainRecord, arguments: argparse.Namespace) -> int:
+    """Submit what is left of a chain: the units that are not done, and the stages behind them.
+
+    Raises:
+        UserError: a stage that failed in part is still at work, or what the checks found.
+    """
+    with run_lock(record.folder / _LOCK, record.folder):
+        states = chain_states(record)
+        todo = units_left(record, states)
+        if not todo:
+            print(f"chain {record.chain.name}: {chain_verdict(states)}; nothing to submit")
+            return 0
+        submission = Submission(
+            record,
+            profile_of(record, arguments.profile, arguments.set),
+            code_of=_newest_folder(record) if arguments.same_code else None,
+            # The run's folder was accepted when the chain was submitted.
+            local_run_folder=True,
+            live={state.name: state.jobs[-1] for state in states if state.live},
+            done=frozenset(state.name for state in states if state.state == "done"),
+        )
+        requests = submission.requests(todo)
+        problems, notes = submission.problems(requests)
+        refuse(problems)
+        numbers = submission.submit(todo, requests)
+    tell(record, numbers, notes, arguments)
+    return 0
+
+
+def cancel_chain(record: ChainRecord) -> list[str]:
+    """Cancel all of a chain that is in the queue; the numbers.
+
+    Raises:
+        SlurmError: SLURM refused, or the controller is away.
+    """
+    live = [state.jobs[-1] for state in chain_states(record) if state.live]
+    if live:
+        scheduler.ask("scancel", *live)
+    return live
+
+
+def show_chain_logs(record: ChainRecord, stage: str | None, unit: int | None, lines: int = _TAIL_LINES) -> int:
+    """Print the ends of logs: of one unit, of a stage, or of all that failed or are at work.
+
+    Raises:
+        UserError: no such stage, or nothing of it was begun.
+    """
+    names = [one.name for one in record.chain.stages]
+    if stage is not None and stage not in names:
+        raise UserError(f"{stage}: no stage of chain {record.chain.name}; there are {', '.join(names)}")
+    wanted = _logs(record, stage, unit)
+    if not wanted:
+        where = stage or f"chain {record.chain.name}"
+        raise UserError(f"{where}: no log yet; see megatron-video slurm status {record.folder}")
+    for path in wanted:
+        text = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"==> {path}\n" + "\n".join(text[-lines:]))
+    return 0
+
+
+def profile_of(record: ChainRecord, source: str | None, overrides: Sequence[str]) -> ClusterProfile:
+    """The profile that a chain was submitted with, or another one.
+
+    Raises:
+        UserError: it is not usable.
+    """
+    return load_profile(source or _newest_folder(record) / PROFILE_FILE, overrides)
+
+
+def _newest_folder(record: ChainRecord) -> Path:
+    folders = [Path(job.folder) for jobs in record.jobs.values() for job in jobs]
+    there = [folder for folder in folders if (folder / PROFILE_FILE).exists()]
+    if not there:
+        raise UserError(f"{record.folder}: the folders of its jobs are gone; submit the chain anew")
+    return max(there, key=lambda folder: (folder / PROFILE_FILE).stat().st_mtime)
+
+
+def _logs(record: ChainRecord, stage: str | None, unit: int | None) -> list[Path]:
+    if stage is None and unit is None:
+        states: list[StageState] = chain_states(record)
+        return [Path(path) for state in states for path in state.logs.values() if path and Path(path).exists()]
+    stages = [stage] if stage else [one.name for one in record.chain.stages if one.array]
+    name = "*.log" if unit is None else f"{unit:06d}.log"
+    return [path for one in stages for path in sorted((record.stage_dir(one) / "logs").glob(name))]
+
+
+def resume_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `resume` that chains read."""
+    parser.add_argument("--profile", help="another profile than the one it was submitted with")
+    field = "override a field of the profile"
+    parser.add_argument("--set", action="append", default=[], metavar="GROUP.FIELD=VALUE", help=field)
+    same = "run the code of the last submission, not as it is now"
+    parser.add_argument("--same-code", action="store_true", help=same)
