@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,12 +16,20 @@ from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
 from megatron_video.flops import SPATIAL_STRIDE, TABLE_3_TEXT_TOKENS, latent_shape, training_flops
 
 _PICTURES = (".png", ".pdf", ".svg")
+_SIMULATIONS = {
+    "scale": ("training.planner.scale_command", "plan_scale"),
+    "stragglers": ("training.planner.scale_command", "plan_stragglers"),
+    "failures": ("training.planner.scale_command", "plan_failures"),
+}
 _USAGE = """
 other commands:
   megatron-video plan flops --frames F --height H --width W
                                     FLOPs, tokens and latent shape of one sample
   megatron-video plan table2        the nine layouts of the paper's Table 2 beside the planner's
   megatron-video plan published     speeds that others published beside the planner's
+  megatron-video plan scale ...     strong and weak scaling from 8 to 10,240 GPUs
+  megatron-video plan stragglers ...  what the slowest replica costs
+  megatron-video plan failures ...  checkpoint interval against effective training time
 """
 
 
@@ -33,6 +42,10 @@ def main(argv: Sequence[str]) -> int:
     }
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
+    if argv and argv[0] in _SIMULATIONS:
+        # Slow to import, and not needed by the other commands.
+        module, function = _SIMULATIONS[argv[0]]
+        return int(getattr(importlib.import_module(module), function)(argv[1:]))
     return plan_run(argv)
 
 

@@ -44,6 +44,10 @@ class Plan:
         """Of the fullest stage."""
         return max(self.memory, key=lambda memory: memory.total)
 
+    def seconds_with_waits(self, slowest: float) -> float:
+        """Of a step whose slowest replica's own part is `slowest` times the mean one's; gradients meet behind it."""
+        return self.seconds.total + (slowest - 1) * (self.seconds.busy + self.seconds.bubble)
+
     @property
     def mfu_percent(self) -> float:
         """Model FLOPs over the peak of all GPUs, idle ones too."""

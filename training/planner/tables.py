@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from training.layout_matrix.report import markdown_table, text_table
@@ -27,6 +27,8 @@ class Table:
     """Field -> value."""
     formats: Formats
     """Fields that are shown, in order, under their names, and how."""
+    heads: Mapping[str, str] = field(default_factory=dict)
+    """Other heads of columns."""
 
     def text(self) -> str:
         """Aligned columns."""
@@ -42,7 +44,7 @@ class Table:
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         rows = [[form(row[name]) for name, form in self.formats.items()] for row in self.rows]
-        return [name.replace("_", " ") for name in self.formats], rows
+        return [self.heads.get(name, name.replace("_", " ")) for name in self.formats], rows
 
 
 def number(digits: int) -> Callable[[float], str]:
