@@ -126,7 +126,7 @@ def _data(config: PretrainConfig, request: Request, findings: Findings) -> Check
         if findings.stage is None and not config.data.shards and config.data.blend is None:
             findings.note("a run without its data is planned with --skip data")
         return check_data.check_data(config, findings)
-    for name in (check_data.CHECK, "validation", "samples"):
+    for name in (check_data.CHECK, *(name for name in ("validation", "samples") if getattr(config, name).every)):
         findings.pass_over(name)
     return None
 
