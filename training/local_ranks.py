@@ -52,7 +52,6 @@ class _World:
 
     number: int
     size: int
-    store_port: int
     timeout_seconds: float
 
 
@@ -101,9 +100,8 @@ class RankPool:
             raise ValueError(f"ranks={count} must be from 1 to the pool's size={self.size}")
         if not self.alive:
             self._start()
-        assert self._store is not None
         self._worlds += 1
-        world = _World(self._worlds, count, self._store.port, timeout_seconds)
+        world = _World(self._worlds, count, timeout_seconds)
         for connection in self._connections[:count]:
             connection.send((function, args, world))
         answers = self._answers(count, timeout_seconds)
@@ -137,7 +135,8 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             lifeline, held_by_us = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(theirs, lifeline, rank, self.device), daemon=True)
+            arguments = (theirs, lifeline, self._store.port, rank, self.device)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             lifeline.close()
@@ -188,15 +187,17 @@ def _forking_context() -> Any:
     return context
 
 
-def _serve(connection: Connection, lifeline: Connection, rank: int, device: Device) -> None:
+def _serve(connection: Connection, lifeline: Connection, store_port: int, rank: int, device: Device) -> None:
     _prepare_process(lifeline, rank, device)
+    # One connection for all worlds: torch asks the name server for the address of each, and may wait 5 s for it.
+    store = dist.TCPStore(HOST, store_port)
     while True:
         try:
             function, args, world = connection.recv()
         except (EOFError, ConnectionResetError):
             return
         try:
-            answer = (True, _call_in_world(function, args, rank, world))
+            answer = (True, _call_in_world(function, args, rank, world, store))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send(answer)
@@ -212,6 +213,8 @@ def _prepare_process(lifeline: Connection, rank: int, device: Device) -> None:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
+    # What was imported stays; without this every call's collection would look through half a million objects of it.
+    gc.freeze()
     # Advice on speed and on optional packages, once a rank.
     warnings.filterwarnings("ignore", module="megatron")
 
@@ -224,14 +227,17 @@ def _end_with_starter(lifeline: Connection) -> None:
         os._exit(1)
 
 
-def _call_in_world(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: _World) -> Any:
+def _call_in_world(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: _World, shared: dist.Store
+) -> Any:
     from megatron_video import device
     from megatron_video.parallel import destroy_parallel
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world.size)}
     timeout = timedelta(seconds=world.timeout_seconds)
-    # One store for all worlds, each under its own prefix: no port has to be found free again.
-    store = dist.PrefixStore(f"world{world.number}", dist.TCPStore(HOST, world.store_port, timeout=timeout))
+    # Each world under its own prefix: no port has to be found free again.
+    store = dist.PrefixStore(f"world{world.number}", shared)
+    store.set_timeout(timeout)
     dist.init_process_group(device.initialize().backend, store=store, rank=rank, world_size=world.size, timeout=timeout)
     try:
         result = function(*args)
