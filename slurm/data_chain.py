@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +16,9 @@ from typing import Any
 
 from megatron_video.errors import UserError
 from slurm import scheduler
+from slurm.ask_command import ask_json, given
 from slurm.chain import Chain, ChainStage
 from slurm.profile import ClusterProfile
-from slurm.snapshot import source_root
 from slurm.submission import read_profile
 from slurm.submit_chain import Planned, chain_parser, submit_chain
 
@@ -70,7 +66,7 @@ def stage_chain(
         stages.append(ChainStage(name="verify", kind="data", command=["data", "verify", f"--in={output}", "--json"]))
         stages[-1] = _sized(stages[-1], size_of(step | {"gpu": False}, arguments, profile), arguments)
     # A stage that only reads makes nothing: its records lie beside what it reads.
-    place = Path(output or next(word.partition("=")[2] for word in [*step["command"]] if word.startswith("--in=")))
+    place = Path(output or str(given("--in", words)))
     name = arguments.name or f"{step['stage']}-{place.stem}"
     return Chain(name=name, run_dir=str(place.absolute().parent), stages=stages, output=str(place))
 
@@ -150,13 +146,7 @@ def _steps(words: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: in the stage's own words.
     """
-    environment = os.environ | {"PYTHONPATH": str(source_root()), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "data_prep.job_steps", *words]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        said = (result.stderr.strip() or "no word").splitlines()
-        raise UserError(next((line for line in said if line.startswith("error: ")), said[-1]).removeprefix("error: "))
-    steps: list[dict[str, Any]] = json.loads(result.stdout)
+    steps: list[dict[str, Any]] = ask_json("data_prep.job_steps", *words)
     return steps
 
 

@@ -24,6 +24,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "curriculum": ("slurm.submit_training", "stages of pretraining, one after the other, as one job"),
     "vae": ("slurm.submit_training", "train the Video-VAE"),
     "data": ("slurm.data_chain", "a stage of data preparation, or a recipe, as arrays with joins"),
+    "convert": ("slurm.convert_chain", "a checkpoint into another form, without GPUs; on demand back and compared"),
+    "reshard": ("slurm.reshard_chain", "a checkpoint cut for another layout"),
     "chain": ("slurm.submit_chain", "stages of any kind from a YAML file, each after those before it"),
 }
 
