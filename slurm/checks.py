@@ -43,6 +43,8 @@ class Plan:
     """Whether it is signalled `restarts.warning_seconds` before its time ends."""
     force: bool = False
     """Start a run in spite of DONE, NO_RESTART or STOP."""
+    resuming: bool = False
+    """Start a run that was asked to stop."""
     local_run_folder: bool = False
     """Take the user's word that all nodes see the run's folder."""
 
@@ -207,7 +209,7 @@ def _verdicts(plan: Plan) -> Iterator[str]:
         (NO_RESTART, "must not be started again", "when the cause is mended: megatron-video slurm resume RUN --force"),
         (STOP, "was asked to stop", "megatron-video slurm resume RUN starts it again"),
     ):
-        if (job.slurm_dir / name).exists():
+        if (job.slurm_dir / name).exists() and not (plan.resuming and name == STOP):
             reason = (job.slurm_dir / name).read_text(encoding="utf-8", errors="replace").strip()
             why = f" ({reason})" if reason else ""
             yield f"run {job.run_dir}: it {meaning}{why}, says {job.slurm_dir / name}; {way_out}"

@@ -11,6 +11,10 @@ from megatron_video.errors import UserError
 # command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("slurm.submit", "check a job, freeze its code and configuration, hand it to SLURM"),
+    "status": ("slurm.status", "how jobs stand: queue, progress, checkpoints, verdicts"),
+    "logs": ("slurm.logs", "what the ranks of a job said, by start, node or rank; the first error"),
+    "cancel": ("slurm.cancel", "let a job save and leave, and start nothing after it"),
+    "resume": ("slurm.resume", "submit a run again, as its newest job was"),
     "preflight": ("slurm.preflight_command", "check nodes by hand, as every job does before its start"),
     "nodes": ("slurm.nodes", "what preflight measured of every node over time, the worst first"),
 }

@@ -61,6 +61,8 @@ class Request:
     code_of: Path | None = None
     """Folder of an earlier job whose code is used again."""
     chain: int = 1
+    resuming: bool = False
+    """Whether it goes on with a run that was asked to stop."""
     warned: bool = False
     """Whether it is signalled before its time ends."""
     checked: list[str] = field(default_factory=list)
@@ -226,6 +228,7 @@ def _plan(request: Request, arguments: argparse.Namespace) -> Plan:
         script=source_root() / "slurm" / request.script,
         warned=request.warned,
         force=arguments.force,
+        resuming=request.resuming,
         local_run_folder=arguments.local_run_folder,
     )
 
@@ -235,9 +238,9 @@ def _submit(request: Request, arguments: argparse.Namespace) -> tuple[Request, l
     folder = next_folder(job.run_dir, job.name)
     command = [word.replace("{folder}", str(folder)) for word in job.command]
     job = dataclasses.replace(job, folder=folder, command=command)
-    verdicts = [job.slurm_dir / name for name in (DONE, NO_RESTART, STOP)] if arguments.force else []
-    for path in verdicts:
-        path.unlink(missing_ok=True)
+    ignored = [DONE, NO_RESTART, STOP] if getattr(arguments, "force", False) else [STOP] if request.resuming else []
+    for name in ignored:
+        (job.slurm_dir / name).unlink(missing_ok=True)
     submit_job(
         job,
         request.profile,

@@ -42,6 +42,21 @@ class Training:
     example: str
 
 
+@dataclass(frozen=True)
+class Caller:
+    """How the training's own command is called for its opinion."""
+
+    cwd: Path
+    """Where relative paths begin."""
+    code: Path
+    """Folder of the packages that the job will run, even where another version is installed."""
+
+    def call(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run `python WORDS` to its end."""
+        environment = os.environ | {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=self.cwd)
+
+
 def _relocate_pretrain(values: dict[str, Any], folder: str) -> dict[str, Any]:
     values["run"]["output_dir"] = folder
     return values
@@ -111,7 +126,11 @@ def submit_training(kind: str, argv: Sequence[str]) -> int:
 
 
 def prepare(
-    training: Training, profile: ClusterProfile, arguments: argparse.Namespace, cwd: Path | None = None
+    training: Training,
+    profile: ClusterProfile,
+    arguments: argparse.Namespace,
+    cwd: Path | None = None,
+    code: Path | None = None,
 ) -> Request:
     """The job of a training: its configuration resolved, its dry run done.
 
@@ -120,12 +139,14 @@ def prepare(
         profile: of the cluster.
         arguments: of `parse`.
         cwd: where relative paths begin and the job runs; None: here.
+        code: folder of the packages that will run; None: those that run now.
 
     Raises:
         UserError: a configuration that the training refuses.
     """
     cwd = cwd or Path.cwd()
-    resolved = resolve(training, arguments.config, arguments.overrides, cwd)
+    caller = Caller(cwd, code or source_root())
+    resolved = resolve(training, arguments.config, arguments.overrides, caller)
     run_dir = cwd / training.output(resolved)
     config = yaml.safe_dump(training.relocated(resolved, str(run_dir)), sort_keys=False, allow_unicode=True)
     through = ["--through", arguments.through] if getattr(arguments, "through", None) else []
@@ -141,7 +162,7 @@ def prepare(
     options = [f"--signal=B:USR1@{restarts.warning_seconds}", "--requeue" if restarts.requeue else "--no-requeue"]
     # The allocation outlives a node that fails, so that a spare one takes its place.
     options += ["--no-kill"] if job.spare_nodes else []
-    problems, checked = _dry_run(training, profile, job, config, arguments)
+    problems, checked = _dry_run(training, profile, job, config, arguments, caller)
     return Request(
         job=job,
         profile=profile,
@@ -155,13 +176,13 @@ def prepare(
     )
 
 
-def resolve(training: Training, config: str, overrides: Sequence[str], cwd: Path) -> dict[str, Any]:
+def resolve(training: Training, config: str, overrides: Sequence[str], caller: Caller) -> dict[str, Any]:
     """The configuration as the training's own command resolves it.
 
     Raises:
         UserError: in that command's words.
     """
-    result = _call([*training.module, "--config", config, "--print-config", *overrides], cwd)
+    result = caller.call([*training.module, "--config", config, "--print-config", *overrides])
     if result.returncode:
         raise UserError(_said(result))
     values: dict[str, Any] = yaml.safe_load(result.stdout)
@@ -169,7 +190,12 @@ def resolve(training: Training, config: str, overrides: Sequence[str], cwd: Path
 
 
 def _dry_run(
-    training: Training, profile: ClusterProfile, job: Job, config: str, arguments: argparse.Namespace
+    training: Training,
+    profile: ClusterProfile,
+    job: Job,
+    config: str,
+    arguments: argparse.Namespace,
+    caller: Caller,
 ) -> tuple[list[str], list[str]]:
     """Problems, and what was found out, by the training's own --dry-run for as many ranks as the job has."""
     if "dry-run" in arguments.no_check:
@@ -179,9 +205,8 @@ def _dry_run(
         path = Path(folder) / CONFIG_FILE
         path.write_text(config, encoding="utf-8")
         cluster = ["--cluster", profile.planner_cluster] if profile.planner_cluster else []
-        result = _call(
-            [*training.module, "--config", str(path), "--dry-run", "--gpus", str(ranks), *cluster, "--json"], job.cwd
-        )
+        words = [*training.module, "--config", str(path), "--dry-run", "--gpus", str(ranks), *cluster, "--json"]
+        result = caller.call(words)
     if "unrecognized arguments: --dry-run" in result.stderr:
         return [], [f"by no dry run: {training.kind} has none; layout, data and memory are not known to fit"]
     return _verdict(result, ranks)
@@ -200,12 +225,6 @@ def _verdict(result: subprocess.CompletedProcess[str], ranks: int) -> tuple[list
     told = [f"{head}: it can run"]
     told += [f"{head}, note: {note}" for note in notes]
     return [], told + [f"{head}, not looked at: {what}" for what in open_questions]
-
-
-def _call(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    # The code that will be frozen, even where another version is installed; relative paths as the user means them.
-    environment = os.environ | {"PYTHONPATH": str(source_root()), "PYTHONSAFEPATH": "1"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 def _said(result: subprocess.CompletedProcess[str]) -> str:

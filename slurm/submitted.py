@@ -6,7 +6,7 @@ import getpass
 import json
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,13 +32,17 @@ class Submitted:
     """As it was typed."""
     sbatch: list[str]
     """What sbatch was given."""
+    script: str = ""
+    """Batch script of this package, such as pretrain.sbatch."""
+    options: list[str] = field(default_factory=list)
+    """Those of `sbatch` that neither job nor profile tells."""
 
 
-def record_submission(job: Job, numbers: list[str], sbatch: list[str]) -> None:
+def record_submission(job: Job, numbers: list[str], sbatch: list[str], script: str, options: list[str]) -> None:
     """Write submitted.json, and let RUN/slurm/latest point to the job's folder."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     command = ["megatron-video", *sys.argv[1:]]
-    record = Submitted(numbers, now, getpass.getuser(), socket.gethostname(), command, sbatch)
+    record = Submitted(numbers, now, getpass.getuser(), socket.gethostname(), command, sbatch, script, options)
     write_atomically(job.folder / SUBMITTED_FILE, (json.dumps(asdict(record), indent=1) + "\n").encode())
     link = job.slurm_dir / f".{LATEST}.{job.folder.name}"
     link.unlink(missing_ok=True)
