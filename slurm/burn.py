@@ -91,20 +91,20 @@ def burn_device(device: torch.device, size: int, seconds: float) -> tuple[float,
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     first = a @ b
     errors = exact_errors(device, size, dtype)
-    rates: list[float] = []
+    spent: list[float] = []
     end = time.perf_counter() + seconds
-    while not rates or time.perf_counter() < end:
+    while not spent or time.perf_counter() < end:
         _wait(device)
         start = time.perf_counter()
         for _ in range(BATCH[device.type]):
             product = a @ b
         _wait(device)
-        rates.append(2 * size**3 * BATCH[device.type] / (time.perf_counter() - start) / 1e12)
+        spent.append(time.perf_counter() - start)
         errors += int((product != first).sum())
     errors += exact_errors(device, size, dtype)
-    # The later half: caches and clocks have settled by then.
-    settled = sorted(rates[len(rates) // 2 :])
-    return settled[len(settled) // 2], errors
+    # The later half: caches and clocks have settled by then. Its sum, so that pauses count.
+    settled = spent[len(spent) // 2 :]
+    return 2 * size**3 * BATCH[device.type] * len(settled) / sum(settled) / 1e12, errors
 
 
 def exact_errors(device: torch.device, size: int, dtype: torch.dtype) -> int:
