@@ -19,6 +19,8 @@ from slurm.submitted import read_submitted
 
 # How long a controller may be away when the job is about to leave.
 PATIENCE_SECONDS = 900.0
+# How long steps that have ended may take to be told to the controller.
+_STEPS_SECONDS = 120.0
 # States in which nothing runs on a node. One that merely does not answer (`*`) may be restarting its daemon.
 _DEAD = {"DOWN", "FAIL", "POWERED_DOWN", "POWERING_DOWN", "UNKNOWN"}
 # States in which somebody wants the node out: its job may go on, but better elsewhere.
@@ -70,6 +72,10 @@ class Allocation:
         except (SlurmError, IndexError, KeyError):
             return ""
 
+    def is_over(self) -> bool:
+        """Whether SLURM is ending the job: it was cancelled, lost a node, or is preempted."""
+        return self.job_state(patience=0.0) not in ("RUNNING", "")
+
     def requeue(self, exclude: Sequence[str]) -> str | None:
         """Put the job back into the queue, to start without some nodes.
 
@@ -80,6 +86,7 @@ class Allocation:
         # Of a job that was cancelled this would make one that runs again.
         if state != "RUNNING":
             return f"SLURM has the job as {state or 'unknown'}"
+        self._await_steps()
         try:
             ask("scontrol", "requeue", self.job_id, patience=PATIENCE_SECONDS)
         except SlurmAwayError as error:
@@ -90,6 +97,31 @@ class Allocation:
         # A job can be told which nodes to avoid only while it waits; this one does, from here on.
         exclude_nodes([self.job_id], exclude)
         return None
+
+    def steps(self) -> dict[str, str]:
+        """Steps that SLURM knows of, the batch process aside: number -> name.
+
+        Raises:
+            SlurmError: the controller is away.
+        """
+        options = ("--steps", "--noheader", f"--jobs={self.job_id}", "--format=%i %j")
+        found = [line.split(maxsplit=1) for line in ask("squeue", *options, patience=10).splitlines() if line.strip()]
+        return {number: "".join(name).strip() for number, *name in found if number.split(".")[-1].isdigit()}
+
+    def _await_steps(self) -> None:
+        """Wait until the ends of all steps have reached the controller.
+
+        One that was away hears of them late, and would take the nodes of a job that is requeued before out of service
+        ("Kill task failed").
+        """
+        deadline = time.monotonic() + _STEPS_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if not self.steps():
+                    return
+            except SlurmError:
+                pass
+            time.sleep(1.0)
 
 
 def states_of(nodes: Sequence[str], patience: float = 0.0) -> dict[str, str]:

@@ -99,7 +99,7 @@ class Start:
         say(f"start {attempt.attempt} on {', '.join(attempt.nodes)}, from {origin}")
         before, began = Marks.of_run(self.job.run_dir), time.time()
         step = Step(command, step_environment(), self.folder, self.job.run_dir, self.profile.heartbeat)
-        end = step.run(self.stop, self.allocation.node_states, attempt.nodes)
+        end = step.run(self.stop, self.allocation, attempt.nodes)
         verdict = judge(self.folder, self.job.run_dir, self.job.kind, end, before, began)
         return self._seen_from_slurm(verdict, attempt)
 
@@ -111,7 +111,7 @@ class Start:
         dead = tuple(node for node in attempt.nodes if is_dead(states.get(node, "")))
         if dead and verdict.name != "stopped":
             return Verdict("node failed", f"SLURM gave up {', '.join(dead)}; {verdict.reason}", dead)
-        if self.stop.is_killed and self.allocation.job_state(patience=5.0) not in ("RUNNING", ""):
+        if self.stop.is_killed and self.allocation.is_over():
             return Verdict("cancelled", f"SLURM ended the job (cancelled, preempted or out of time); {verdict.reason}")
         return verdict
 

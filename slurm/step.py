@@ -5,6 +5,7 @@ Signals go to the ranks through srun, which needs no controller: USR1 (save and 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.allocation import is_dead, say
+from slurm.allocation import Allocation, is_dead, say
 from slurm.job import STOP
 from slurm.profile import Heartbeat
 from slurm.rank import NODES_FOLDER
@@ -21,6 +22,8 @@ from slurm.run_files import METRICS_FILE, Marks
 from slurm.scheduler import SlurmError, ask
 
 POLL_SECONDS = 0.5
+# srun's exit code where the supervisor did not wait for it: 128 + SIGTERM.
+SIGNALLED = 143
 # A rank that has not reached its loop has no handler yet and would miss a warning that comes once.
 _WARN_EVERY_SECONDS = 10.0
 _STATES_EVERY_SECONDS = 15.0
@@ -109,26 +112,32 @@ class Step:
                 list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment)
             )
 
-    def run(self, stop: StopRequest, states: Callable[[], Mapping[str, str]], nodes: Sequence[str]) -> StepEnd:
+    def run(self, stop: StopRequest, allocation: Allocation, nodes: Sequence[str]) -> StepEnd:
         """Wait for the end, and bring it about when the job is to leave, a node is lost, or nothing moves any more.
 
         Args:
             stop: looked at all the time.
-            states: of the nodes by name; may block for a while, and be empty.
+            allocation: of the job.
             nodes: of this step.
         """
         warned: str | None = None
         silent: str | None = None
         dead: tuple[str, ...] = ()
         with ThreadPoolExecutor(1) as pool:
-            watch = _NodeWatch(pool, states, nodes)
+            watch = _NodeWatch(pool, allocation.node_states, nodes)
             while self._srun.poll() is None:
                 if stop.reason is not None:
                     warned = stop.reason
                     self._warn(warned)
+                if stop.is_killed and allocation.is_over():
+                    # SLURM ends the step too, and kills this process so soon that it must not wait for that.
+                    return StepEnd(SIGNALLED, time.monotonic() - self._started, warned)
                 dead, silent = watch.dead(), self._silence()
                 if dead or silent:
-                    self._end(f"lost {', '.join(dead)}" if dead else f"HANG: {silent}", bool(silent))
+                    say(f"{silent or f'SLURM gave up {dead}'}: the step is ended")
+                    if silent:
+                        self._ask_for_stacks(allocation)
+                    self._end(allocation)
                     break
                 time.sleep(POLL_SECONDS)
         return StepEnd(self._srun.wait(), time.monotonic() - self._started, warned, dead, silent)
@@ -159,12 +168,12 @@ class Step:
         late = now - self._last_sign > limits.step_seconds
         return f"no sign of life for {limits.step_seconds:g} s (heartbeat.step_seconds)" if late else None
 
-    def _end(self, why: str, with_stacks: bool) -> None:
-        say(f"{why}: the step is ended")
-        if with_stacks:
-            self._ask_for_stacks()
+    def _end(self, allocation: Allocation) -> None:
         # srun takes it as an order to kill all tasks of the step, and carries it to the nodes by itself.
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if number is signal.SIGKILL:
+                # Without srun nobody would tell them.
+                self._signal_step(allocation, "KILL")
             self._srun.send_signal(number)
             try:
                 self._srun.wait(_KILL_SECONDS)
@@ -172,19 +181,20 @@ class Step:
             except subprocess.TimeoutExpired:
                 continue
 
-    def _ask_for_stacks(self) -> None:
+    def _ask_for_stacks(self, allocation: Allocation) -> None:
         """Let every process write its stacks; Python's faulthandler answers even where the loop is stuck."""
-        try:
-            job_id, name = self._attempt.name.split(".")[0], self._attempt.name
-            listed = ask("squeue", "--steps", "--noheader", f"--jobs={job_id}", "--format=%i %j", patience=10)
-            steps = [line.split()[0] for line in listed.splitlines() if line.split()[1:] == [name]]
-            for step in steps:
-                ask("scancel", "--signal=ABRT", step, patience=10)
+        self._signal_step(allocation, "ABRT")
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._srun.wait(_STACKS_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+
+    def _signal_step(self, allocation: Allocation, name: str) -> None:
+        """Send a signal to every process of the step, by the controller."""
+        try:
+            for number, step in allocation.steps().items():
+                if step == self._attempt.name:
+                    ask("scancel", f"--signal={name}", number, patience=10)
         except SlurmError as error:
-            say(f"stacks could not be asked for: {error}")
+            say(f"SIG{name} could not be sent: {error}")
 
 
 class _NodeWatch:

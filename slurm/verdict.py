@@ -36,7 +36,7 @@ _NOT_LAUNCHED = re.compile(r"Task launch for StepId=\S+ failed on node (\S+?): (
 _TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
 _LOST_NODE = re.compile(r"Node failure on (\S+)")
 # By torchrun, of a rank that a signal ended: killed (out of memory), bus error, segmentation fault, ....
-_KILLED_RANK = re.compile(r"exitcode\s*: (-(?:9|7|11|4)) ")
+_KILLED_RANK = re.compile(r"exitcode\s*: (-(?:9|7|11|4))\b")
 _ERROR_LINE = re.compile(r"^(?:\[\S+\]:|\d+: )?(error: .+)$", re.MULTILINE)
 # What only a machine says.
 _HARDWARE = re.compile(

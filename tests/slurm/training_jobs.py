@@ -20,6 +20,8 @@ from slurm.submit import submit_job
 
 # Starts of ranks take long on a machine with more processes than cores; nothing here waits for a limit of the job.
 MINUTES = 20
+SLOW = {"kind": "sleep", "rank": 0, "step": 0, "last": 999, "seconds": 0.4}
+"""A fault that gives a test the time to disturb a step."""
 
 
 def profile(*overrides: str) -> ClusterProfile:
@@ -46,9 +48,17 @@ class TrainingJob:
     def wait_for(self, what: Callable[[], bool], seconds: float = 240.0) -> None:
         """Wait for something that the running job does."""
         deadline = time.monotonic() + seconds
-        while not what():
+        while True:
+            ended = "the batch job ends" in self.log()
+            if what():
+                return
+            assert not ended, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until so many steps are done, in any life."""
+        self.wait_for(lambda: max(self.steps(), default=0) >= step)
 
     def log(self) -> str:
         """Of the batch process."""
