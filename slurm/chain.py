@@ -192,6 +192,11 @@ def load_chain(path: Path) -> Chain:
     return build_config(Chain, values, origin=str(path))
 
 
+def safe_name(text: str) -> str:
+    """What is left of a text when it becomes the name of jobs and folders."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._") or "chain"
+
+
 def spread_units(units: list[int], most: int) -> list[list[int]]:
     """Units of every task of an array of at most `most` tasks: neighbours go to different ones."""
     count = min(len(units), most)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_video.errors import UserError
+from megatron_video.files import write_atomically
 from megatron_video.run_lock import run_lock
 from slurm import scheduler
 from slurm.chain_record import ChainRecord
 from slurm.chain_status import StageState, chain_states, chain_verdict, describe_chain, states_as_json
 from slurm.chain_submit import Submission, units_left
-from slurm.job import PROFILE_FILE
+from slurm.job import PROFILE_FILE, SLURM_FOLDER, STOP
 from slurm.profile import ClusterProfile, load_profile
 from slurm.submit_chain import refuse, tell
 
@@ -22,14 +23,14 @@ _TAIL_LINES = 20
 
 
 def show_chain(record: ChainRecord, as_json: bool) -> int:
-    """Print how a chain stands.
+    """Print how a chain stands; 1 if it is over without being done, else 0.
 
     Raises:
         SlurmError: the queue cannot be read.
     """
     states = chain_states(record)
     print(json.dumps(states_as_json(record, states), indent=1) if as_json else describe_chain(record, states))
-    return 0
+    return 1 if chain_verdict(states) in ("failed", "stopped") else 0
 
 
 def resume_chain(record: ChainRecord, arguments: argparse.Namespace) -> int:
@@ -50,12 +51,17 @@ def resume_chain(record: ChainRecord, arguments: argparse.Namespace) -> int:
             code_of=_newest_folder(record) if arguments.same_code else None,
             # The run's folder was accepted when the chain was submitted.
             local_run_folder=True,
+            resuming=True,
             live={state.name: state.jobs[-1] for state in states if state.live},
             done=frozenset(state.name for state in states if state.state == "done"),
         )
         requests = submission.requests(todo)
         problems, notes = submission.problems(requests)
         refuse(problems)
+        if arguments.dry_run:
+            lines = [f"{stage.name}: {len(units)} of {stage.units} units" for stage, units in todo]
+            print("\n".join([*lines, "nothing was submitted (--dry-run)"]))
+            return 0
         numbers = submission.submit(todo, requests)
     tell(record, numbers, notes, arguments)
     return 0
@@ -67,10 +73,18 @@ def cancel_chain(record: ChainRecord) -> list[str]:
     Raises:
         SlurmError: SLURM refused, or the controller is away.
     """
-    live = [state.jobs[-1] for state in chain_states(record) if state.live]
-    if live:
-        scheduler.ask("scancel", *live)
-    return live
+    live = [state for state in chain_states(record) if state.live]
+    trainings = [state for state in live if record.chain.stage(state.name).is_training and state.state == "running"]
+    for state in trainings:
+        # It saves and leaves; nothing starts it again but `resume`.
+        stage = record.chain.stage(state.name)
+        why = f"cancelled with chain {record.chain.name}\n"
+        write_atomically(record.cwd / str(stage.run_dir) / SLURM_FOLDER / STOP, why.encode())
+        scheduler.ask("scancel", "--batch", "--signal=USR1", state.jobs[-1])
+    at_once = [state.jobs[-1] for state in live if state not in trainings]
+    if at_once:
+        scheduler.ask("scancel", *at_once)
+    return [state.jobs[-1] for state in live]
 
 
 def show_chain_logs(record: ChainRecord, stage: str | None, unit: int | None, lines: int = _TAIL_LINES) -> int:
@@ -116,12 +130,3 @@ def _logs(record: ChainRecord, stage: str | None, unit: int | None) -> list[Path
     stages = [stage] if stage else [one.name for one in record.chain.stages if one.array]
     name = "*.log" if unit is None else f"{unit:06d}.log"
     return [path for one in stages for path in sorted((record.stage_dir(one) / "logs").glob(name))]
-
-
-def resume_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `resume` that chains read."""
-    parser.add_argument("--profile", help="another profile than the one it was submitted with")
-    field = "override a field of the profile"
-    parser.add_argument("--set", action="append", default=[], metavar="GROUP.FIELD=VALUE", help=field)
-    same = "run the code of the last submission, not as it is now"
-    parser.add_argument("--same-code", action="store_true", help=same)

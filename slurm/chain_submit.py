@@ -17,7 +17,7 @@ from slurm.chain import Chain, ChainStage, spread_units
 from slurm.chain_record import ChainRecord, JobOfStage, chains_of
 from slurm.chain_status import StageState, chain_states
 from slurm.checks import Plan, check
-from slurm.job import Job, next_folder
+from slurm.job import STOP, Job, next_folder
 from slurm.known_jobs import remember
 from slurm.profile import ClusterProfile
 from slurm.snapshot import source_root
@@ -40,6 +40,8 @@ class Submission:
     left_out: Sequence[str] = ()
     """Checks that are not made."""
     local_run_folder: bool = False
+    resuming: bool = False
+    """A training that was asked to stop is started again."""
     code_of: Path | None = None
     """Folder of a job whose code is used again."""
     live: dict[str, str] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Submission:
                 sbatch=sbatch_options(request.job, self.profile, request.options),
                 script=source_root() / "slurm" / request.script,
                 local_run_folder=self.local_run_folder,
+                resuming=self.resuming,
             )
             # Stages of one chain work beside each other; another chain on the same output is looked for apart.
             found = check(plan, [*self.left_out, "live"])
@@ -117,6 +120,8 @@ class Submission:
                 held = [] if waits else ["--hold"]
                 folder = next_folder(request.job.run_dir, request.job.name)
                 folders.append(folder)
+                if self.resuming and stage.is_training:
+                    (request.job.slurm_dir / STOP).unlink(missing_ok=True)
                 command = [word.replace("{folder}", str(folder)) for word in request.job.command]
                 job = replace(request.job, folder=folder, command=command, after=waits or list(self.after))
                 number = submit_job(

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("slurm.logs", "what the ranks of a job said, by start, node or rank; the first error"),
     "cancel": ("slurm.cancel", "let a job save and leave, and start nothing after it"),
     "resume": ("slurm.resume", "submit a run again, as its newest job was"),
+    "evaluations": ("slurm.evaluations", "what `submit evaluate` measured of every checkpoint, in one table"),
     "preflight": ("slurm.preflight_command", "check nodes by hand, as every job does before its start"),
     "nodes": ("slurm.nodes", "what preflight measured of every node over time, the worst first"),
 }

@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron_video.errors import UserError
 from slurm.ask_command import ask_json, given
-from slurm.chain import Chain, ChainStage
+from slurm.chain import Chain, ChainStage, safe_name
 from slurm.checks import show_time
-from slurm.submit_chain import Planned, chain_parser, submit_chain
+from slurm.submit_chain import Planned, chain_parser, read_options, submit_chain
 
 # Peak of a conversion, GiB: measured, and that of the largest tensors of the 30B (tests/benchmarks/README.md).
 _MEASURED_PEAK_GB = 1.35
@@ -63,7 +63,7 @@ def conversion_chain(
         back = out.with_name(f"{out.name}.back")
         stages.append(stage("back", *_way_back(command, out, back, found)))
         stages.append(stage("compare", "ckpt", "diff", found["source"], str(back)))
-    name = arguments.name or f"{command}-{out.stem}"
+    name = safe_name(arguments.name or f"{command}-{out.stem}")
     return Chain(name=name, run_dir=str(out.absolute().parent), stages=stages, output=str(out))
 
 
@@ -96,4 +96,4 @@ def _parse(command: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[
     add = parser.add_argument_group("conversion").add_argument
     add("--round-trip", action="store_true", help="afterwards back again, and compared with the source")
     add("--memory-gb", type=float, metavar="GB", help="memory of the job (default: from what was measured)")
-    return parser.parse_known_args(argv)
+    return read_options(parser, argv)

@@ -17,10 +17,10 @@ from typing import Any
 from megatron_video.errors import UserError
 from slurm import scheduler
 from slurm.ask_command import ask_json, given
-from slurm.chain import Chain, ChainStage
+from slurm.chain import Chain, ChainStage, safe_name
 from slurm.profile import ClusterProfile
 from slurm.submission import read_profile
-from slurm.submit_chain import Planned, chain_parser, submit_chain
+from slurm.submit_chain import Planned, chain_parser, read_options, submit_chain
 
 # Of a node's memory for the jobs on it: the system keeps some.
 _MEMORY_SHARE = 0.95
@@ -67,7 +67,7 @@ def stage_chain(
         stages[-1] = _sized(stages[-1], size_of(step | {"gpu": False}, arguments, profile), arguments)
     # A stage that only reads makes nothing: its records lie beside what it reads.
     place = Path(output or str(given("--in", words)))
-    name = arguments.name or f"{step['stage']}-{place.stem}"
+    name = safe_name(arguments.name or f"{step['stage']}-{place.stem}")
     return Chain(name=name, run_dir=str(place.absolute().parent), stages=stages, output=str(place))
 
 
@@ -85,7 +85,7 @@ def recipe_chain(
     # Everything is there by then; it reads what the stages left and writes WORK/report.md.
     report = ChainStage(name="report", kind="data", command=["data", "run", *words, "--json"])
     stages.append(_sized(report, size_of(steps[-1], arguments, profile), arguments))
-    return Chain(name=arguments.name or work.name, run_dir=str(work), stages=stages, output=str(work))
+    return Chain(name=safe_name(arguments.name or work.name), run_dir=str(work), stages=stages, output=str(work))
 
 
 def step_stages(
@@ -164,7 +164,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--cpus", type=int, help=f"CPUs of a task (default: {_DEFAULT_CPUS}; with a GPU its share of the node's)")
     add("--memory-gb", type=float, metavar="GB", help="memory of a task (default: its CPUs' share of the node's)")
     add("--verify", action="store_true", help="read all shards again when they are joined")
-    arguments, words = parser.parse_known_args(argv)
+    arguments, words = read_options(parser, argv)
     for option in ("shards", "throttle", "cpus", "memory_gb"):
         value = getattr(arguments, option)
         if value is not None and value <= 0:

@@ -14,7 +14,8 @@ from typing import Any
 
 STATUS_FILE, METRICS_FILE, EVENTS_FILE = "status.json", "metrics.jsonl", "events.jsonl"
 # Written last of all files of a checkpoint: of the DiT's folder; of the VAE's, beside its folders.
-_COMPLETE = {"checkpoints": "train_state.json", "checkpoint": "../../checkpoint.json"}
+COMPLETE_FILE = "train_state.json"
+_COMPLETE = {"checkpoints": COMPLETE_FILE, "checkpoint": "../../checkpoint.json"}
 _STEP = re.compile(r"step_(\d{8,})")
 _TAIL_BYTES = 1 << 16
 

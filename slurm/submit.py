@@ -26,6 +26,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "data": ("slurm.data_chain", "a stage of data preparation, or a recipe, as arrays with joins"),
     "convert": ("slurm.convert_chain", "a checkpoint into another form, without GPUs; on demand back and compared"),
     "reshard": ("slurm.reshard_chain", "a checkpoint cut for another layout"),
+    "evaluate": ("slurm.evaluate_chain", "samples of a checkpoint, or of all that a run writes, and their measure"),
+    "stages": ("slurm.stages_chain", "stages of a curriculum, each a job with its own number of nodes"),
     "chain": ("slurm.submit_chain", "stages of any kind from a YAML file, each after those before it"),
 }
 

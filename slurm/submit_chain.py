@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
     """Command line of `submit chain`."""
     parser = chain_parser("chain", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML with the stages")
-    arguments = parser.parse_args(argv)
+    arguments, words = read_options(parser, argv)
+    if words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     chain = load_chain(arguments.file)
     if arguments.name:
         chain = dataclasses.replace(chain, name=arguments.name)
@@ -59,6 +61,17 @@ def chain_parser(kind: str, description: str | None, epilog: str | None = None) 
     )
     add_submission_options(parser, nodes=False, training=False)
     return parser
+
+
+def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse; the words that the parser does not know are those of the command that becomes the job.
+
+    Raises:
+        UserError: --name, --time or --after that cannot be.
+    """
+    arguments, words = parser.parse_known_args(argv)
+    planned_job(arguments, Path.cwd(), kind="command", command=[])
+    return arguments, words
 
 
 def submit_chain(planned: Planned, arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from megatron_video.errors import UserError
-from slurm.job import CONFIG_FILE, Job, Kind
+from slurm.job import CONFIG_FILE, Kind
 from slurm.profile import ClusterProfile
 from slurm.snapshot import source_root
 from slurm.submission import Request, add_submission_options, planned_job, read_profile, submit_or_show
@@ -162,7 +162,8 @@ def prepare(
     options = [f"--signal=B:USR1@{restarts.warning_seconds}", "--requeue" if restarts.requeue else "--no-requeue"]
     # The allocation outlives a node that fails, so that a spare one takes its place.
     options += ["--no-kill"] if job.spare_nodes else []
-    problems, checked = _dry_run(training, profile, job, config, arguments, caller)
+    skipped, ranks = "dry-run" in arguments.no_check, job.nodes * profile.ranks_per_node
+    problems, checked = ([], []) if skipped else dry_run_of(training, profile, config, ranks, caller)
     return Request(
         job=job,
         profile=profile,
@@ -189,18 +190,10 @@ def resolve(training: Training, config: str, overrides: Sequence[str], caller: C
     return values
 
 
-def _dry_run(
-    training: Training,
-    profile: ClusterProfile,
-    job: Job,
-    config: str,
-    arguments: argparse.Namespace,
-    caller: Caller,
+def dry_run_of(
+    training: Training, profile: ClusterProfile, config: str, ranks: int, caller: Caller
 ) -> tuple[list[str], list[str]]:
-    """Problems, and what was found out, by the training's own --dry-run for as many ranks as the job has."""
-    if "dry-run" in arguments.no_check:
-        return [], []
-    ranks = job.nodes * profile.ranks_per_node
+    """Problems, and what was found out, by the training's own --dry-run for so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG_FILE
         path.write_text(config, encoding="utf-8")

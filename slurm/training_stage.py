@@ -26,7 +26,7 @@ def training_request(stage: ChainStage, name: str, profile: ClusterProfile, reco
     words += [f"--time={stage.time}"] if stage.time else []
     # A stage's own weights come from the one before, which is not there yet: its dry run could only say so.
     arguments = parse(stage.kind, [*words, "--no-check=dry-run"])
-    request = prepare(TRAININGS[stage.kind], profile, arguments)
+    request = prepare(TRAININGS[stage.kind], profile, arguments, cwd=record.cwd)
     run_dir = (record.cwd / str(stage.run_dir)).absolute()
     job = replace(
         request.job,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from data_prep import encode
 from data_prep.encode import EncodeSettings
 from megatron_video.buckets import parse_buckets
 from megatron_video.cli import run_command
-from slurm.chain_commands import resume_chain, resume_options
 from slurm.chain_record import ChainRecord, find_chain
 from slurm.chain_status import StageState, chain_states
+from slurm.command import main as slurm_command
 from slurm.data_chain import main as submit_data
 
 SHARDS = 3
@@ -43,10 +42,7 @@ def chain_at(output: Path) -> ChainRecord:
 
 
 def resume(output: Path) -> int:
-    parser = argparse.ArgumentParser()
-    resume_options(parser)
-    parser.add_argument("--json", action="store_true")
-    return run_command(lambda _: resume_chain(chain_at(output), parser.parse_args([])), [])
+    return run_command(slurm_command, ["resume", str(output)])
 
 
 def states_after(cluster: Cluster, output: Path, seconds: float = 120) -> dict[str, StageState]:
