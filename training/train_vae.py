@@ -27,6 +27,7 @@ import yaml
 from megatron_video.cli import run_command
 from megatron_video.config_io import config_to_dict, load_config
 from megatron_video.run_lock import run_lock
+from training.dry_run.request import add_dry_run_options, refuse_without_dry_run
 from training.telemetry import write_json
 from training.vae_checkpoint import write_model
 from training.vae_clips import TrainingClips
@@ -41,6 +42,12 @@ REPORT = "report.json"
 def main(argv: Sequence[str]) -> int:
     """Command line of `megatron-video vae`."""
     arguments = _parse(argv)
+    if arguments.dry_run:
+        # Of no use to a run.
+        from training.dry_run.vae import dry_run_vae
+
+        return dry_run_vae(arguments)
+    refuse_without_dry_run(arguments)
     config = load_config(VAETrainConfig, arguments.config, arguments.overrides, PRESET_DIR)
     if arguments.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
@@ -65,7 +72,7 @@ def train(config: VAETrainConfig) -> dict[str, Any]:
     Raises:
         UserError: unusable data, a checkpoint of other settings, another run on the same output, or a loss that is not
             finite.
-        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
+        KeyboardInterrupt: stopped by Ctrl-C, SIGTERM or SIGUSR1, after saving.
     """
     ranks = join_ranks(config.device, config.zero_stage)
     lock = run_lock(Path(config.output) / ".run.lock", config.output) if ranks.leads else contextlib.nullcontext()
@@ -149,14 +156,14 @@ def _finish(run: VAERun, clips: TrainingClips, telemetry: VAETelemetry) -> dict[
 
 
 class _StopRequest:
-    """Ctrl-C or SIGTERM ends the run after the step in hand; a second Ctrl-C at once."""
+    """Ctrl-C, SIGTERM or SIGUSR1 ends the run after the step in hand; a second Ctrl-C at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._remember)
         return self
 
@@ -186,6 +193,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     command.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     command.add_argument("--json", action="store_true", help="print the report as JSON at the end")
+    add_dry_run_options(command, with_json=False)
     command.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. manifest=m.parquet output=runs/vae")
     return parser.parse_args(argv)
 

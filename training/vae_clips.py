@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -70,15 +71,11 @@ class TrainingClips:
     def __init__(self, config: VAETrainConfig) -> None:
         self.config = config
         self.noise = NoiseSource(config.seed, "vae")
-        groups = _by_bucket(config)
+        groups = clips_by_bucket(config)
         held_out = {bucket: _num_held_out(len(clips), config) for bucket, clips in groups.items()}
         self.held_out = {bucket: clips[: held_out[bucket]] for bucket, clips in groups.items()}
         self.training = {bucket: clips[held_out[bucket] :] for bucket, clips in groups.items()}
-        for stage in config.stages:
-            if stage.frames > 1 and not any(bucket.frames > 1 for bucket in self.training):
-                raise UserError(
-                    f"{config.manifest}: a stage has frames={stage.frames}, but no clip fills a video bucket"
-                )
+        check_videos(config, self.training)
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
         self._cache: dict[int, Frames] = {}
         everything = [clip for clips in self.training.values() for clip in clips]
@@ -146,7 +143,12 @@ def _channels_first(videos: Frames) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(videos)).permute(0, 1, 4, 2, 3)
 
 
-def _by_bucket(config: VAETrainConfig) -> dict[Bucket, list[Clip]]:
+def clips_by_bucket(config: VAETrainConfig) -> dict[Bucket, list[Clip]]:
+    """The clips of a run, nothing of them decoded.
+
+    Raises:
+        UserError: no manifest, no clip fits a bucket, or too few clips for a split.
+    """
     buckets = config.parsed_buckets()
     groups: dict[Bucket, list[Clip]] = {}
     for row in kept_rows(read_manifest(config.manifest)):
@@ -163,6 +165,18 @@ def _by_bucket(config: VAETrainConfig) -> dict[Bucket, list[Clip]]:
         # By hash: the split does not depend on the manifest's order, and is not one by time of recording.
         clips.sort(key=lambda clip: hashlib.blake2b(clip.row["clip_id"].encode()).digest())
     return dict(sorted(groups.items()))
+
+
+def check_videos(config: VAETrainConfig, buckets: Iterable[Bucket]) -> None:
+    """Refuse stages of videos where there are none.
+
+    Raises:
+        UserError: naming the stage's frames.
+    """
+    videos = any(bucket.frames > 1 for bucket in buckets)
+    for stage in config.stages:
+        if stage.frames > 1 and not videos:
+            raise UserError(f"{config.manifest}: a stage has frames={stage.frames}, but no clip fills a video bucket")
 
 
 def _num_held_out(num_clips: int, config: VAETrainConfig) -> int:

@@ -63,8 +63,13 @@ def whole_copy(vae: VideoVAE) -> dict[str, Tensor]:
     return {name: weight.detach().to("cpu", copy=True) for name, weight in vae.state_dict().items()}
 
 
+def bare_model(config: VAETrainConfig, kind: Kind) -> VideoVAE:
+    """A model whose weights nobody has set."""
+    return VideoVAE(config.model) if kind == "dual_path" else BaseVideoVAE(config.model, config.base_latent_channels)
+
+
 def _new_model(config: VAETrainConfig, kind: Kind) -> VideoVAE:
-    vae = VideoVAE(config.model) if kind == "dual_path" else BaseVideoVAE(config.model, config.base_latent_channels)
+    vae = bare_model(config, kind)
     initialise(vae, config.seed)
     return vae
 

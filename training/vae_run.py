@@ -37,10 +37,8 @@ class VAERun:
         self.config = config
         self.folder = Path(config.output)
         self.ranks = ranks
-        self.layout = _describe_layout(zero_stage_of(config, self.ranks), self.ranks.world)
-        for stage in config.stages:
-            self.ranks.share(stage.batch_size)
-            self.ranks.share(stage.image_batch_size if stage.image_share else self.ranks.world)
+        self.layout = describe_layout(zero_stage_of(config, self.ranks), self.ranks.world)
+        check_batches(config, self.ranks)
         device = self.ranks.device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         self.lpips = load_lpips(config.perceptual, device) if config.perceptual.weight else None
@@ -226,5 +224,17 @@ class VAERun:
         return f"{size:,} parameters, weight {config.weight:g}, {begin}"
 
 
-def _describe_layout(zero_stage: int | None, world: int) -> str:
+def check_batches(config: VAETrainConfig, ranks: Ranks) -> None:
+    """Refuse batches that cannot be shared out evenly.
+
+    Raises:
+        UserError: the ranks do not divide a stage's batch.
+    """
+    for stage in config.stages:
+        ranks.share(stage.batch_size)
+        ranks.share(stage.image_batch_size if stage.image_share else ranks.world)
+
+
+def describe_layout(zero_stage: int | None, world: int) -> str:
+    """How the run is laid out; a run continues under the same layout only."""
     return "plain torch in one process" if zero_stage is None else f"DeepSpeed ZeRO {zero_stage}, world size {world}"

@@ -32,6 +32,8 @@ class DiskNeed:
     """Checkpoints there at the fullest moment: those that are kept, and one that is being written."""
     present_bytes: int
     """Of checkpoints that are there already."""
+    field: str = "run.output_dir"
+    """That names the folder."""
 
     @property
     def bytes(self) -> int:
@@ -61,8 +63,8 @@ def check_disk(needs: Sequence[DiskNeed], findings: Findings) -> None:
     by_place: dict[int, list[tuple[DiskNeed, Path]]] = {}
     for need in needs:
         with findings.check(CHECK):
-            place = _existing(need.folder)
-            _try_to_write(place, need.folder)
+            place = _existing(need)
+            _try_to_write(place, need)
             by_place.setdefault(place.stat().st_dev, []).append((need, place))
     for members in by_place.values():
         with findings.check(CHECK):
@@ -79,7 +81,7 @@ def _refuse_full(members: Sequence[tuple[DiskNeed, Path]]) -> None:
         )
         raise UserError(
             f"{needed / GIGABYTE:,.3f} GB needed, {free / GIGABYTE:,.3f} GB free ({listed}); make room, keep fewer "
-            "(training.keep_checkpoints), or write elsewhere (run.output_dir)"
+            f"of them, or write elsewhere ({members[0][0].field})"
         )
 
 
@@ -105,17 +107,17 @@ def _size(folder: Path) -> int:
         return sum(entry.stat().st_size for entry in entries if entry.is_file())
 
 
-def _existing(folder: Path) -> Path:
+def _existing(need: DiskNeed) -> Path:
     """The nearest folder above that is there."""
-    for place in (folder, *folder.absolute().parents):
+    for place in (need.folder, *need.folder.absolute().parents):
         if place.exists():
             if not place.is_dir():
-                raise UserError(f"run.output_dir={folder}: {place} is a file; name another folder")
+                raise UserError(f"{need.field}={need.folder}: {place} is a file; name another folder")
             return place
-    raise UserError(f"run.output_dir={folder}: no part of this path is there")
+    raise UserError(f"{need.field}={need.folder}: no part of this path is there")
 
 
-def _try_to_write(place: Path, folder: Path) -> None:
+def _try_to_write(place: Path, need: DiskNeed) -> None:
     try:
         # A quota, or a file system that is read-only, shows with the first byte; the file has no name and leaves none.
         with tempfile.TemporaryFile(dir=place) as probe:
@@ -123,6 +125,6 @@ def _try_to_write(place: Path, folder: Path) -> None:
             probe.flush()
     except OSError as error:
         raise UserError(
-            f"run.output_dir={folder} cannot be written ({place}: {error.strerror}); name another folder, or mend its "
-            "permissions"
+            f"{need.field}={need.folder} cannot be written ({place}: {error.strerror}); name another folder, "
+            "or mend its permissions"
         ) from None
