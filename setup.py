@@ -65,6 +65,7 @@ EXTRAS = {
         "pillow-heif>=1,<2",
         "peft>=0.17,<0.22",  # its merge is what `ckpt convert --lora` is compared with
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",  # the suite in one process a core
         "hypothesis>=6,<7",
         "ruff>=0.8,<1",
         "mypy>=1.13,<3",
