@@ -20,6 +20,8 @@ _SIMULATIONS = {
     "scale": ("training.planner.scale_command", "plan_scale"),
     "stragglers": ("training.planner.scale_command", "plan_stragglers"),
     "failures": ("training.planner.scale_command", "plan_failures"),
+    "curriculum": ("training.planner.cost_command", "plan_curriculum"),
+    "encoders": ("training.planner.cost_command", "plan_encoders"),
 }
 _USAGE = """
 other commands:
@@ -30,6 +32,8 @@ other commands:
   megatron-video plan scale ...     strong and weak scaling from 8 to 10,240 GPUs
   megatron-video plan stragglers ...  what the slowest replica costs
   megatron-video plan failures ...  checkpoint interval against effective training time
+  megatron-video plan curriculum ...  all stages of a curriculum with their cost
+  megatron-video plan encoders ...  GPUs for encoding beside those for training, or encoding ahead
 """
 
 

@@ -15,6 +15,22 @@ from training.run_plan import automatic_sizes, tokens_of
 def step_of(config: PretrainConfig, text_tokens: int) -> dict[MicroBatch, float]:
     """Micro-batches of one step over all replicas, by kind, with their mean number.
 
+    Raises:
+        UserError: as `samples_of`.
+    """
+    found = samples_of(config)
+    tokens = tokens_of(config.model, found)
+    step: dict[MicroBatch, float] = {}
+    for name, (count, size) in found.items():
+        batch = MicroBatch(size, tokens[name], text_tokens)
+        # Landscape and portrait are one kind.
+        step[batch] = step.get(batch, 0.0) + count / size
+    return step
+
+
+def samples_of(config: PretrainConfig) -> dict[str, tuple[float, int]]:
+    """Bucket -> (mean samples of one step, samples of a micro-batch).
+
     Without the data nobody knows how many samples each bucket has: they are drawn by data.bucket_weights, or from all
     buckets alike.
 
@@ -37,14 +53,7 @@ def step_of(config: PretrainConfig, text_tokens: int) -> dict[MicroBatch, float]
     samples = _drawn_samples(config, sizes, shares)
     videos = sum(samples.values())
     samples |= {name: videos * (data.images_per_video or 0) * share for name, share in _shares(config, added).items()}
-    tokens = tokens_of(config.model, data.buckets)
-    step: dict[MicroBatch, float] = {}
-    for name, count in samples.items():
-        size = _micro_batch(sizes, name, whole=name in added)
-        batch = MicroBatch(size, tokens[name], text_tokens)
-        # Landscape and portrait are one kind.
-        step[batch] = step.get(batch, 0.0) + count / size
-    return step
+    return {name: (count, _micro_batch(sizes, name, whole=name in added)) for name, count in samples.items()}
 
 
 def _shares(config: PretrainConfig, names: list[str]) -> dict[str, float]:
