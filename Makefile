@@ -1,6 +1,7 @@
 # make demo   the whole path at small size, from raw videos to generated videos
 # make test   the test suite
-# Both set up .venv first when it is not there or the dependencies changed.
+# make test-slurm   the tests on a real SLURM cluster inside this machine (Debian's packages, installed if missing)
+# All set up .venv first when it is not there or the dependencies changed.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,17 +11,21 @@ STAMP  := $(VENV)/.installed
 TORCH_INDEX ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch slurm/container/*.sh tests/slurm/*.sh tests/slurm/lab/*.sh \
+  tests/slurm/lab/bin/* .ci/run)
+
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   create $(VENV) and install the package with its CPU dependencies"
 	@echo "make demo    raw videos -> trained model -> generated videos, into runs/demo (DEMO_ARGS=...)"
 	@echo "make test    run the tests (PYTEST_ARGS=...)"
-	@echo "make lint    ruff and mypy"
+	@echo "make test-slurm  run the SLURM tests on a real cluster of namespaces (PYTEST_ARGS=...)"
+	@echo "make lint    ruff, mypy, and shellcheck where it is installed"
 	@echo "make clean   remove $(VENV), caches and build products; runs/ stays"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
 
@@ -47,10 +52,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Packages: slurmctld slurmd slurm-client munge iproute2 shellcheck; faketime for the test of a wrong clock.
+test-slurm: $(STAMP)
+	PYTHON=$(BIN)/python tests/slurm/run.sh $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(SHELL_SCRIPTS); \
+	  else echo "shellcheck is not installed: shell scripts were not checked"; fi
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
