@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_video.device import initialize
 from megatron_video.dit import DiTConfig, build_dit
 from megatron_video.parallel import ParallelConfig, destroy_parallel, initialize_parallel
-from training.planner.activations import checkpoint_bytes, head_bytes, kept_bytes, text_bytes
+from training.planner.activations import checkpoint_bytes, head_bytes, kept_bytes, patch_bytes, text_bytes
 from training.planner.shape import ModelShape
 from training.planner.work import MicroBatch
 
@@ -28,7 +28,8 @@ def predicted_bytes(parallel: ParallelConfig, samples: int) -> float:
         again = parallel.recompute_num_layers or TINY.num_layers
     blocks = again * checkpoint_bytes(shape, batch, parallel, FP32)
     blocks += (TINY.num_layers - again) * kept_bytes(shape, batch, parallel, FP32, fused=False)
-    return blocks + text_bytes(shape, batch, FP32) + head_bytes(shape, batch, parallel, FP32)
+    ends = patch_bytes(shape, batch, FP32) + head_bytes(shape, batch, parallel, FP32)
+    return blocks + text_bytes(shape, batch, FP32) + ends
 
 
 def kept_by_autograd(parallel: ParallelConfig, samples: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.planner.activations import checkpoint_bytes, head_bytes, kept_bytes, text_bytes
+from training.planner.activations import patch_bytes, rotary_bytes, text_bytes
 from training.planner.cluster import GIB
 from training.planner.job import Job
+from training.planner.moments import fullest, sizes_of
 from training.planner.work import BYTES, MicroBatch
 
 FP32 = 4
@@ -64,38 +65,62 @@ def layers_under_way(job: Job, stage: int) -> float:
     2 (p - r - 1) + (chunks - 1) p + 1 (megatron-core's warm-up and the one behind it).
     """
     stages = job.parallel.pipeline_model_parallel_size
-    chunks = job.chunks
-    own = job.shape.num_layers / stages
+    return chunks_under_way(job, stage) * job.shape.num_layers / (stages * job.chunks)
+
+
+def chunks_under_way(job: Job, stage: int) -> float:
+    """Chunks of one rank whose activations are there at once (`layers_under_way`)."""
+    stages, chunks = job.parallel.pipeline_model_parallel_size, job.chunks
     # A step of fewer micro-batches never has more under way.
     most = max(1.0, job.micro_batches)
     if chunks == 1:
-        return own * min(most, stages - stage)
-    return own / chunks * min(most * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+        return min(most, stages - stage)
+    return min(most * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
 
 
 def _stage_memory(job: Job, batch: MicroBatch, stage: int) -> Memory:
-    width, parallel = BYTES[job.precision], job.parallel
-    stages = parallel.pipeline_model_parallel_size
+    width = BYTES[job.precision]
     parameters = job.parameters_of(stage)
     weights, gradients = _sharded(job)
-    # In fp32 the weights themselves are what the optimizer updates.
-    state = (0 if job.optimizer_on_host else 2 * FP32) + (FP32 if job.precision == "bf16" else 0)
-    kept = kept_bytes(job.shape, batch, parallel, width, job.fused)
-    again = checkpoint_bytes(job.shape, batch, parallel, width)
-    share = job.share_recomputed
-    activations = layers_under_way(job, stage) * (share * again + (1 - share) * kept)
-    activations += text_bytes(job.shape, batch, width)
-    if stage == stages - 1:
-        activations += head_bytes(job.shape, batch, parallel, width)
     return Memory(
         weights=parameters * width / weights,
         gradients=parameters * FP32 / gradients,
-        optimizer=parameters * state / job.optimizer_shards,
+        optimizer=parameters * _optimizer_bytes(job) / job.optimizer_shards,
         ema=parameters * FP32 / job.optimizer_shards if job.ema else 0.0,
-        activations=activations,
-        workspace=_workspace(job, batch, kept if share else 0.0),
-        communication=_communication(job, batch),
+        activations=_activations(job, batch, stage),
+        workspace=fullest(job, batch, stage) + _inputs(job, batch),
+        communication=_communication(job, batch, stage),
     )
+
+
+def _optimizer_bytes(job: Job) -> int:
+    """Of one parameter: fp32 weights where they are not those that the model computes with, and two moments."""
+    own_weights = job.precision == "bf16" or job.parallel.use_megatron_fsdp
+    return (0 if job.optimizer_on_host else 2 * FP32) + (FP32 if own_weights else 0)
+
+
+def _activations(job: Job, batch: MicroBatch, stage: int) -> float:
+    """Kept for backward by all chunks under way."""
+    shape, width = job.shape, BYTES[job.precision]
+    sizes, share = sizes_of(job, batch, stage), job.share_recomputed
+    kept = layers_under_way(job, stage) * (share * sizes.checkpoint + (1 - share) * sizes.kept)
+    chunks = chunks_under_way(job, stage)
+    kept += chunks * text_bytes(shape, batch, width)
+    if stage == 0:
+        # Every chunk behind the first has as many micro-batches under way as there are stages.
+        firsts = chunks - (job.chunks - 1) * job.parallel.pipeline_model_parallel_size
+        kept += max(1.0, firsts) * patch_bytes(shape, batch, width)
+    return kept + sizes.head
+
+
+def _inputs(job: Job, batch: MicroBatch) -> float:
+    """Rotary tables of all sizes, which stay, and on a GPU latents and target of the micro-batch."""
+    tables = sum(rotary_bytes(job.shape, kind, BYTES[job.precision]) for kind in job.step)
+    ranks = job.parallel.context_parallel_size
+    # A rank's part of them is a copy.
+    tables *= 1 + (1 / ranks if ranks > 1 else 0)
+    latents = 2 * FP32 * batch.samples * batch.tokens * job.shape.in_channels if job.fused else 0.0
+    return tables + latents
 
 
 def _sharded(job: Job) -> tuple[float, float]:
@@ -107,28 +132,19 @@ def _sharded(job: Job) -> tuple[float, float]:
     return weights, 1.0 if strategy == "optim" else job.optimizer_shards
 
 
-def _workspace(job: Job, batch: MicroBatch, recomputed: float) -> float:
-    """The most that one block holds: in the feed-forward, with its input and gradient gathered, and two gradients."""
-    width, parallel, shape = BYTES[job.precision], job.parallel, job.shape
-    tokens = batch.samples * batch.tokens / parallel.context_parallel_size
-    tp = parallel.tensor_model_parallel_size
-    block = recomputed + width * tokens * (2 * shape.hidden_size + 2 * shape.ffn_size / tp)
-    if not parallel.use_megatron_fsdp:
-        return block
-    # The weights of two blocks and the gradients of one, whole.
-    return block + shape.layer_parameters.of_rank(tp) * (2 * width + FP32)
-
-
-def _communication(job: Job, batch: MicroBatch) -> float:
-    width, parallel = BYTES[job.precision], job.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    tokens = batch.samples * batch.tokens
-    exchanged = 0.0
-    if cp > 1:
-        # Query, key and value as sent and as received; or all keys and values.
-        tensors = 2 * tokens if parallel.cp_comm_type == "all_gather" else 2 * 3 * tokens / cp
-        exchanged = tensors * job.shape.hidden_size / tp
-    cut = tp if parallel.sequence_parallel else 1
-    # A message received and one to send, forward and backward.
-    messages = 4 * tokens * job.shape.hidden_size / (cut * cp) if parallel.pipeline_model_parallel_size > 1 else 0.0
-    return width * (exchanged + messages)
+def _communication(job: Job, batch: MicroBatch, stage: int) -> float:
+    sizes, parallel = sizes_of(job, batch, stage), job.parallel
+    messages = 0.0
+    if parallel.pipeline_model_parallel_size > 1:
+        messages = chunks_under_way(job, stage)
+        # What a chunk sent on stays until its gradient comes; the gradient that was sent back last stays too, and
+        # interleaved stages have received one message each way ahead.
+        if job.chunks > 1:
+            messages += 3
+        elif stage == parallel.pipeline_model_parallel_size - 1:
+            messages = 1
+        elif stage > 0:
+            messages += 1
+    # megatron-core's own linears gather tokens into a buffer that stays.
+    keeps_buffer = parallel.sequence_parallel and parallel.transformer_impl == "local"
+    return messages * sizes.residual + (sizes.whole if keeps_buffer else 0.0)
