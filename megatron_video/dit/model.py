@@ -237,8 +237,10 @@ class VideoDiT(MegatronModule):
         return self.patch_embedding(patches)
 
     def _received(self) -> Tensor:
-        assert self._input_tensor is not None, "set_input_tensor must come before forward on a later stage"
-        return self._input_tensor
+        received, self._input_tensor = self._input_tensor, None
+        assert received is not None, "set_input_tensor must come before forward on a later stage"
+        # Not held here: every chunk would keep the last one, and its gradient, through the whole step.
+        return received
 
     def _predict(self, x: Tensor, embedding: Tensor, layout: TokenLayout) -> Tensor:
         """This rank's tokens [s, b, D] -> all tokens [s, b, p * p * C], padding included."""

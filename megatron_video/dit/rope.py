@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -23,14 +23,19 @@ class Rope:
     cos: Tensor
     sin: Tensor
     split: tuple[int, ...]
+    _parts: dict[tuple[int, int, int], Rope] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of_rank(self, padded_tokens: int, rank: int, size: int) -> Rope:
         """The tables of one of `size` ranks that hold `padded_tokens` tokens in contiguous parts; zero at padding."""
         if size == 1 and padded_tokens == len(self.cos):
             return self
-        padding = (0, 0, 0, 0, 0, 0, 0, padded_tokens - len(self.cos))
-        cos, sin = (F.pad(table, padding).chunk(size)[rank] for table in (self.cos, self.sin))
-        return Rope(cos, sin, self.split)
+        # Backward keeps tables: made once, and no larger than they are, they are the same for all micro-batches.
+        key = (padded_tokens, rank, size)
+        if key not in self._parts:
+            padding = (0, 0, 0, 0, 0, 0, 0, padded_tokens - len(self.cos))
+            cos, sin = (F.pad(table, padding).chunk(size)[rank].clone() for table in (self.cos, self.sin))
+            self._parts[key] = Rope(cos, sin, self.split)
+        return self._parts[key]
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate `x` [s, b, heads, head_dim]; pairs are (j, j + width / 2) inside each axis's slice."""
