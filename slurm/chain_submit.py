@@ -23,6 +23,7 @@ from slurm.profile import ClusterProfile
 from slurm.snapshot import source_root
 from slurm.submission import Request
 from slurm.submit import sbatch_options, submit_job
+from slurm.submitted import LATEST
 from slurm.training_stage import training_request
 
 SCRIPT = "task.sbatch"
@@ -154,6 +155,9 @@ class Submission:
             scheduler.ask("scancel", *numbers)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
+            latest = folder.parent / LATEST
+            if latest.is_symlink() and not latest.exists():
+                latest.unlink()
         self.record.jobs = before
         if before:
             self.record.save()
