@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
-need=(slurmctld slurmd sbatch munged ip shellcheck)
+need=(slurmctld slurmd sbatch munged ip shellcheck faketime)
 missing=()
 for program in "${need[@]}"; do command -v "$program" >/dev/null || missing+=("$program"); done
 if [ ${#missing[@]} -gt 0 ]; then
@@ -12,7 +12,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   sudo=(); [ "$(id -u)" = 0 ] || sudo=(sudo)
   "${sudo[@]}" apt-get update -q
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
-    slurmctld slurmd slurm-client munge iproute2 shellcheck
+    slurmctld slurmd slurm-client munge iproute2 shellcheck faketime
 fi
 cd "$here/../.."
 python=${PYTHON:-.venv/bin/python}
