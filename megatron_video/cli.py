@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vae": ("training.train_vae", "train the Video-VAE on clips"),
     "pretrain": ("training.pretrain", "train the DiT (under torchrun for several ranks)"),
     "curriculum": ("training.curriculum", "train the DiT in stages, each from the weights of the one before"),
+    "dpo": ("training.alignment.command", "Video-DPO: generate, score, pair, train on preferences"),
     "plan": ("training.planner.command", "memory, time, MFU and cost of a run, in one layout or all; FLOPs of samples"),
     "watch": ("training.watch", "how running jobs stand, on a terminal that is kept up to date"),
     "report": ("training.report", "what a run did, with plots: one HTML file, or Markdown"),

@@ -204,8 +204,10 @@ def check_same_model(checkpoint: Path, model: DiTConfig) -> None:
     Raises:
         UserError: naming every field that differs, with both values.
     """
-    # Loading would fail too, but with tensor shapes instead of field names.
-    _refuse_differences(checkpoint, "model", _model_values(checkpoint), config_to_dict(model))
+    # Loading would fail too, but with tensor shapes instead of field names. Fields that are newer than the checkpoint
+    # have their defaults there.
+    stored = config_to_dict(read_model_config(checkpoint))
+    _refuse_differences(checkpoint, "model", stored, config_to_dict(model))
 
 
 def check_same_data_plan(checkpoint: Path, plan: dict[str, Any]) -> None:

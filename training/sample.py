@@ -29,7 +29,7 @@ from megatron_video.flops import LatentShape, latent_shape
 from megatron_video.sampler import uses_negative
 from megatron_video.scheduler import sigmas
 from megatron_video.text import TextEncoders, TextStates, text_fingerprint, text_folders
-from training.sample_prompts import Prompt, read_prompts
+from training.sample_prompts import Prompt, read_prompts, with_seeds
 
 if TYPE_CHECKING:
     from megatron_video.device import DeviceInfo
@@ -102,7 +102,7 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
     # In the order in which a user would mend them.
     checkpoint = find_checkpoint(arguments.checkpoint)
     uses_negative(arguments.guidance)
-    for name in ("batch_size", "fps"):
+    for name in ("batch_size", "fps", "seeds"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be above 0")
     layout = {
@@ -118,7 +118,7 @@ def prepare(arguments: argparse.Namespace, device: DeviceInfo) -> Job:
         parallel=build_config(ParallelConfig, layout, origin="the command line"),
         shape=latent_shape(arguments.frames, arguments.height, arguments.width),
         times=sigmas(arguments.steps, arguments.time_shift),
-        prompts=read_prompts(arguments.prompts, arguments.seed, arguments.limit),
+        prompts=with_seeds(read_prompts(arguments.prompts, arguments.seed, arguments.limit), arguments.seeds),
         precision=arguments.precision or trained_in,
         device=device,
     )
@@ -140,6 +140,8 @@ def settings(job: Job) -> dict[str, Any]:
         "precision": job.precision,
         "encoder_precision": _encoder_precision(job.device),
         "round_noise_to_bf16": arguments.round_noise_to_bf16,
+        # Not in folders without, which are older.
+        **({"latents": True} if arguments.latents else {}),
         **{name: getattr(arguments, name) for name in names},
     }
 
@@ -176,9 +178,13 @@ def sample(job: Job, folder: SampleFolder) -> int:
 def _sample_share(job: Job, folder: SampleFolder, prompts: list[Prompt]) -> None:
     """This replica's part: text, then latents batch by batch, decoded and written by its first rank."""
     from megatron_video.generation import generate_latents, to_pixels
+    from megatron_video.shard_schema import write_null_text
     from training.sample_folder import SampleBoard
+    from training.sample_latents import latent_file, write_latent
 
-    states, negative = encode_text(job, prompts)
+    states, negative, empty = encode_text(job, prompts)
+    if job.arguments.latents and dist.get_rank() == 0:
+        write_null_text(folder.path, empty.llm, empty.clip)
     model = load_model(job)
     vae = load_decoder(job) if _is_writer() else None
     board = SampleBoard(folder.path / "tensorboard", f".{dist.get_rank()}") if _is_writer() else None
@@ -198,6 +204,8 @@ def _sample_share(job: Job, folder: SampleFolder, prompts: list[Prompt]) -> None
         if vae is None or board is None:
             continue
         for prompt, latent in zip(batch, latents, strict=True):
+            if job.arguments.latents:
+                write_latent(latent_file(folder.path, prompt.index), latent, states[prompt.index])
             # One at a time: decoding needs far more memory than sampling.
             with torch.no_grad():
                 frames = to_pixels(vae.decode(latent[None])[0])
@@ -209,8 +217,8 @@ def _sample_share(job: Job, folder: SampleFolder, prompts: list[Prompt]) -> None
         board.close()
 
 
-def encode_text(job: Job, prompts: list[Prompt]) -> tuple[dict[int, TextStates], TextStates]:
-    """Text states by prompt index, and those of the negative prompt, the same on all ranks of a replica.
+def encode_text(job: Job, prompts: list[Prompt]) -> tuple[dict[int, TextStates], TextStates, TextStates]:
+    """Text states by prompt index, of the negative prompt and of none, the same on all ranks of a replica.
 
     The first rank of the replica encodes; the encoders are released before the model is loaded.
     """
@@ -219,13 +227,13 @@ def encode_text(job: Job, prompts: list[Prompt]) -> tuple[dict[int, TextStates],
         clip, llm = text_folders(job.arguments.text)
         encoders = TextEncoders.load(clip, llm, job.device.device, _DTYPES[_encoder_precision(job.device)])
         _check_widths(job.model, encoders)
-        texts = [*(prompt.text for prompt in prompts), job.arguments.negative_prompt]
+        texts = [*(prompt.text for prompt in prompts), job.arguments.negative_prompt, ""]
         # Shards hold bf16 states, so this is what the model was trained on.
         states = [encoded.to(torch.device("cpu"), torch.bfloat16) for encoded in encoders.encode(texts)]
         _warn_truncated(prompts, states)
     states = _from_writer(states)
     states = [encoded.to(job.device.device, torch.bfloat16) for encoded in states]
-    return {prompt.index: encoded for prompt, encoded in zip(prompts, states, strict=False)}, states[-1]
+    return {prompt.index: encoded for prompt, encoded in zip(prompts, states, strict=False)}, states[-2], states[-1]
 
 
 def load_model(job: Job) -> VideoDiT:
@@ -276,6 +284,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--guidance", type=float, default=9.0, help="classifier-free guidance scale; 1 = none (default: %(default)s)")
     add("--time-shift", type=float, default=13.0, help="density of steps near noise; 1 = even (default: %(default)s)")
     add("--seed", type=int, default=0, help="of prompts that bring none (default: %(default)s)")
+    add(
+        "--seeds", type=int, default=1, help="videos of every prompt: its seed and the next ones (default: %(default)s)"
+    )
+    add("--latents", action="store_true", help="keep latents and text states too, for preference pairs")
     add("--negative-prompt", default="", help="what guidance moves away from (default: the empty caption)")
     add("--batch-size", type=int, default=1, help="prompts sampled together (default: %(default)s)")
     add("--limit", type=int, help="sample only the first N prompts")

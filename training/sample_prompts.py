@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ def read_prompts(path: Path, seed: int, limit: int | None = None) -> list[Prompt
     if path.suffix != ".jsonl":
         return [Prompt(i, line, seed, i) for i, (_, line) in enumerate(numbered[:limit])]
     return [_parse(i, line, seed, f"{path}, line {number}") for i, (number, line) in enumerate(numbered[:limit])]
+
+
+def with_seeds(prompts: list[Prompt], seeds: int) -> list[Prompt]:
+    """Every prompt with its seed and the `seeds` - 1 that follow it; videos of one prompt are next to each other."""
+    repeated = [replace(prompt, seed=prompt.seed + number) for prompt in prompts for number in range(seeds)]
+    return [replace(prompt, index=index) for index, prompt in enumerate(repeated)]
 
 
 def _parse(index: int, line: str, seed: int, where: str) -> Prompt:

@@ -1,0 +1,75 @@
+"""Folders of generated samples, as the steps after generation read them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_video.errors import UserError
+from training.sample_latents import latent_file
+
+SETTINGS_FILE, LISTING_FILE = "settings.json", "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated video."""
+
+    index: int
+    """Its number in the folder."""
+    prompt: str
+    seed: int
+    file: Path
+    """mp4, or PNG of an image."""
+
+    @property
+    def latent_file(self) -> Path:
+        """Where its latent is, if it was kept."""
+        return latent_file(self.file.parent, self.index)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """All samples of a folder, and what they were made with."""
+
+    folder: Path
+    settings: dict[str, Any]
+    samples: list[Sample]
+
+    def by_prompt(self) -> dict[str, list[Sample]]:
+        """The samples of every prompt, prompts in their first order."""
+        groups: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            groups.setdefault(sample.prompt, []).append(sample)
+        return groups
+
+
+def read_generated(folder: Path) -> Generated:
+    """Read a folder that `megatron-video dpo generate` (or `sample`) finished.
+
+    Raises:
+        UserError: it is no such folder, unfinished, or a video is missing.
+    """
+    settings_path, listing = folder / SETTINGS_FILE, folder / LISTING_FILE
+    if not settings_path.is_file() or not listing.is_file():
+        raise UserError(
+            f"--samples {folder}: no {SETTINGS_FILE} and {LISTING_FILE} there; `megatron-video dpo generate`"
+        )
+    record = json.loads(settings_path.read_text(encoding="utf-8"))
+    samples = [_sample(folder, line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    missing = len(record["prompts"]) - len(samples)
+    if missing:
+        raise UserError(
+            f"--samples {folder}: {missing} of {len(record['prompts'])} samples are missing; generate again"
+        )
+    gone = [str(sample.file) for sample in samples if not sample.file.is_file()]
+    if gone:
+        raise UserError(f"--samples {folder}: {len(gone)} videos are not there, first: {gone[0]}; generate again")
+    return Generated(folder, record["settings"], samples)
+
+
+def _sample(folder: Path, line: str) -> Sample:
+    values = json.loads(line)
+    return Sample(values["index"], values["prompt"], values["seed"], folder / values["file"])

@@ -1,0 +1,155 @@
+"""`megatron-video dpo score`: a number for every generated video.
+
+Adds a line to the output for each sample as it is scored, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_video.cli import run_command
+from megatron_video.errors import UserError
+from training.alignment.generated import Generated, Sample, read_generated
+from training.alignment.scorers import SCORERS, find_scorer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score what has no score yet.
+
+    Raises:
+        UserError: no such folder or scorer, a score that is not finite, or scores of other samples.
+    """
+    arguments = _parse(argv)
+    generated = read_generated(arguments.samples)
+    names = _weights(arguments.scorers)
+    scorers = {name: find_scorer(name) for name in names}
+    out: Path = arguments.out or arguments.samples / "scores.jsonl"
+    done = _begun(out, generated, names)
+    left = [sample for sample in generated.samples if sample.index not in done]
+    with out.open("a", encoding="utf-8") as lines:
+        for sample in tqdm(left, desc="score", unit="video", disable=None):
+            values = {name: _finite(name, scorer(sample), sample) for name, scorer in scorers.items()}
+            total = sum(weight * values[name] for name, weight in names.items())
+            lines.write(json.dumps(_line(sample, total, values), ensure_ascii=False) + "\n")
+            lines.flush()
+    scores = read_scores(out)
+    report = {"out": str(out), "samples": len(scores), "scored_now": len(left), **_spread(list(scores.values()))}
+    print(json.dumps(report) if arguments.json else _table(report))
+    return 0
+
+
+def read_scores(path: Path) -> dict[int, float]:
+    """Score by number of the sample.
+
+    Raises:
+        UserError: no such file, or a line that is none of `score`'s.
+    """
+    return {values["index"]: values["score"] for values in _lines(path)}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--scores {path}: {error.strerror}; `megatron-video dpo score` writes it") from None
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            values = json.loads(line)
+            found.append({**values, "index": int(values["index"]), "score": float(values["score"])})
+        except (ValueError, KeyError, TypeError):
+            # The last line of a killed run may be torn; it is scored again.
+            if number < len(text.splitlines()):
+                raise UserError(f"{path}, line {number} is no score: {line[:80]}") from None
+    return found
+
+
+def _begun(out: Path, generated: Generated, names: dict[str, float]) -> set[int]:
+    """Numbers of the samples that have scores; the file is left with whole lines alone.
+
+    Raises:
+        UserError: scores of other samples, or by other scorers.
+    """
+    if not out.exists():
+        return set()
+    lines = _lines(out)
+    samples = {sample.index: sample for sample in generated.samples}
+    for line in lines:
+        sample = samples.get(line["index"])
+        if sample is None or (sample.prompt, sample.seed) != (line["prompt"], line["seed"]):
+            raise UserError(f"--out {out} holds scores of other samples (number {line['index']}); choose another file")
+        if list(line["scores"]) != list(names):
+            raise UserError(
+                f"--out {out} holds scores by {list(line['scores'])}, asked is {list(names)}; choose another"
+            )
+    out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return {line["index"] for line in lines}
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    weights = {}
+    for item in given:
+        name, _, weight = item.partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UserError(f"--with {item}: {weight!r} is not a weight") from None
+    return weights
+
+
+def _finite(name: str, value: float, sample: Sample) -> float:
+    if not math.isfinite(value):
+        raise UserError(f"{name} gives {sample.file} the score {value}; a score must be finite")
+    return float(value)
+
+
+def _line(sample: Sample, total: float, values: dict[str, float]) -> dict[str, Any]:
+    return {
+        "index": sample.index,
+        "prompt": sample.prompt,
+        "seed": sample.seed,
+        "file": sample.file.name,
+        "score": total,
+        "scores": values,
+    }
+
+
+def _spread(scores: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(scores)
+    return {"lowest": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
+
+
+def _table(report: dict[str, Any]) -> str:
+    return (
+        f"{report['out']}: {report['samples']} samples scored, {report['scored_now']} of them now; lowest "
+        f"{report['lowest']:.4g}, median {report['median']:.4g}, highest {report['highest']:.4g}"
+    )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron-video dpo score", description=__doc__)
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder of `megatron-video dpo generate`")
+    add(
+        "--with",
+        dest="scorers",
+        action="append",
+        required=True,
+        metavar="NAME[=WEIGHT]",
+        help=f"{', '.join(SCORERS)}, or package.module:function; several add up by their weights",
+    )
+    add("--out", type=Path, help="JSON lines (default: scores.jsonl in the folder)")
+    add("--json", action="store_true", help="print the report as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

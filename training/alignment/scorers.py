@@ -1,0 +1,71 @@
+"""What gives a generated video a number: a table of rewards, and how a user's own joins it.
+
+A scorer is called with every sample once and returns a finite number, larger for better. `package.module:name` names
+any such function that Python can import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_video.errors import UserError
+from megatron_video.video_io import read_frames
+from training.alignment.generated import Sample
+from training.shape_ruler import observe, parse_caption
+
+Scorer = Callable[[Sample], float]
+
+
+def shape_motion(sample: Sample) -> float:
+    """Fast, smooth motion of a large shape: distance covered, in shares of the side, times the root of its area.
+
+    By the ruler of `megatron-video measure`. Flow is summed from frame to frame, so that motion back and forth counts
+    for nothing; a video that shows no shape scores 0.
+    """
+    seen = observe(read_frames(sample.file))
+    return float(np.hypot(*seen.flow)) * math.sqrt(seen.foreground_area)
+
+
+def shape_as_asked(sample: Sample) -> float:
+    """Share of colour and direction that are as the prompt asks, by the ruler of `megatron-video measure`."""
+    asked, seen = parse_caption(sample.prompt), observe(read_frames(sample.file))
+    wanted = [(asked.colour, seen.colour), (asked.direction, seen.direction)]
+    right = [wish == found for wish, found in wanted if wish is not None]
+    return sum(right) / len(right) if right else 0.0
+
+
+def brightness(sample: Sample) -> float:
+    """Mean of all pixels in [0, 1]: a reward anyone can check by eye."""
+    return float(read_frames(sample.file).mean()) / 255
+
+
+# name -> scorer
+SCORERS: dict[str, Scorer] = {
+    "shape_motion": shape_motion,
+    "shape_as_asked": shape_as_asked,
+    "brightness": brightness,
+}
+
+
+def find_scorer(name: str) -> Scorer:
+    """A scorer of the table, or a function that `package.module:name` names.
+
+    Raises:
+        UserError: neither.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"--with {name}: known are {', '.join(SCORERS)}; your own is package.module:function")
+    try:
+        scorer: Scorer = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--with {name}: cannot be imported: {error}") from None
+    if not callable(scorer):
+        raise UserError(f"--with {name}: is not a function, but {scorer!r}")
+    return scorer
