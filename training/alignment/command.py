@@ -17,6 +17,7 @@ STEPS: dict[str, tuple[str, str]] = {
     ),
     "score": ("training.alignment.score", "a number for every video: rewards, your own function, a reward model"),
     "pair": ("training.alignment.pair", "scored videos -> shards of preference pairs, with statistics"),
+    "reward": ("training.alignment.reward", "train a reward model on pairs, validated on held-out prompts"),
     "train": ("training.dpo", "train on the pairs (torchrun for several ranks)"),
 }
 

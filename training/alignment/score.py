@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     generated = read_generated(arguments.samples)
     names = _weights(arguments.scorers)
-    scorers = {name: find_scorer(name) for name in names}
+    scorers = {name: find_scorer(name, generated) for name in names}
     out: Path = arguments.out or arguments.samples / "scores.jsonl"
     done = _begun(out, generated, names)
     left = [sample for sample in generated.samples if sample.index not in done]
@@ -144,7 +144,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME[=WEIGHT]",
-        help=f"{', '.join(SCORERS)}, or package.module:function; several add up by their weights",
+        help=f"{', '.join(SCORERS)}, reward:FOLDER of a reward model, or package.module:function; several add up by "
+        "their weights",
     )
     add("--out", type=Path, help="JSON lines (default: scores.jsonl in the folder)")
     add("--json", action="store_true", help="print the report as JSON")

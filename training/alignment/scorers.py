@@ -1,7 +1,7 @@
 """What gives a generated video a number: a table of rewards, and how a user's own joins it.
 
 A scorer is called with every sample once and returns a finite number, larger for better. `package.module:name` names
-any such function that Python can import.
+any such function that Python can import, `reward:FOLDER` a reward model of `megatron-video dpo reward`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from megatron_video.errors import UserError
 from megatron_video.video_io import read_frames
-from training.alignment.generated import Sample
+from training.alignment.generated import Generated, Sample
 from training.shape_ruler import observe, parse_caption
 
 Scorer = Callable[[Sample], float]
@@ -43,6 +44,30 @@ def brightness(sample: Sample) -> float:
     return float(read_frames(sample.file).mean()) / 255
 
 
+def learned_reward(folder: Path, generated: Generated) -> Scorer:
+    """The reward that a model of `megatron-video dpo reward` gives to latents.
+
+    Raises:
+        UserError: no such model, or one of other encoders than the samples'.
+    """
+    # Here: other scorers do without torch.
+    import torch
+
+    from training.alignment.reward import check_encoders
+    from training.alignment.reward_model import load_reward_model
+    from training.sample_latents import read_latent
+
+    model = load_reward_model(folder)
+    check_encoders(model, folder, generated.settings["vae"], generated.settings["text"])
+
+    @torch.no_grad()
+    def score(sample: Sample) -> float:
+        latent, llm, clip = (tensor.float() for tensor in read_latent(sample.latent_file))
+        return float(model(latent[None], llm.mean(0)[None], clip.mean(0)[None]))
+
+    return score
+
+
 # name -> scorer
 SCORERS: dict[str, Scorer] = {
     "shape_motion": shape_motion,
@@ -51,17 +76,21 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def find_scorer(name: str) -> Scorer:
-    """A scorer of the table, or a function that `package.module:name` names.
+def find_scorer(name: str, generated: Generated) -> Scorer:
+    """A scorer of the table, a reward model, or a function that `package.module:name` names.
 
     Raises:
-        UserError: neither.
+        UserError: none of these, or a reward model of other encoders than the samples'.
     """
     if name in SCORERS:
         return SCORERS[name]
     module, colon, attribute = name.partition(":")
+    if module == "reward" and colon:
+        return learned_reward(Path(attribute), generated)
     if not colon:
-        raise UserError(f"--with {name}: known are {', '.join(SCORERS)}; your own is package.module:function")
+        raise UserError(
+            f"--with {name}: known are {', '.join(SCORERS)}; your own is package.module:function, a model reward:FOLDER"
+        )
     try:
         scorer: Scorer = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

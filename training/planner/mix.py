@@ -22,7 +22,8 @@ def step_of(config: PretrainConfig, text_tokens: int) -> dict[MicroBatch, float]
     tokens = tokens_of(config.model, found)
     step: dict[MicroBatch, float] = {}
     for name, (count, size) in found.items():
-        batch = MicroBatch(size, tokens[name], text_tokens)
+        # A preference pair is two rows of a batch.
+        batch = MicroBatch(size if config.dpo is None else 2 * size, tokens[name], text_tokens)
         # Landscape and portrait are one kind.
         step[batch] = step.get(batch, 0.0) + count / size
     return step
