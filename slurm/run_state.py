@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from slurm.scheduler import QueuedJob, SlurmAwayError, SlurmError
 from slurm.submitted import read_submitted
 
 _SMOOTHED_STEPS = 20
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 # Ends that nobody has to look after.
 GOOD = ("running", "pending", "completing", "requeued", "configuring", "done", "completed")
 
@@ -110,7 +113,7 @@ def run_state(folder: Path, queue: Queue) -> RunState:
     found.nodes_wanted = job.nodes + job.spare_nodes
     _add_place(found, job, queue)
     _add_starts(found, job)
-    found.progress = _progress(job, found.starts)
+    found.progress = _progress(job)
     found.bad_nodes = {node: entry.reason for node, entry in _bad_nodes(job).items()}
     return found
 
@@ -161,7 +164,7 @@ def _add_starts(found: RunState, job: Job) -> None:
         found.reason = found.reason or (_first_line(ended[-1].reason) if not found.is_live else "")
 
 
-def _progress(job: Job, starts: int) -> dict[str, Any]:
+def _progress(job: Job) -> dict[str, Any]:
     """Of a training: how far it is, how fast, and what it has saved."""
     metrics = [path for path in (job.run_dir / METRICS_FILE, *job.run_dir.glob(f"*/{METRICS_FILE}")) if path.exists()]
     found: dict[str, Any] = {"step": None, "total_steps": _total_steps(job.folder / CONFIG_FILE)}
@@ -179,23 +182,36 @@ def _progress(job: Job, starts: int) -> dict[str, Any]:
     for name in ("loss", "step_seconds"):
         values = [line[name] for line in lines[-_SMOOTHED_STEPS:] if isinstance(line.get(name), int | float)]
         found[name] = statistics.median(values) if values else None
-    if starts and newest.parent == job.run_dir:
-        found["goodput"] = _goodput(read_attempts(job.slurm_dir), found)
+    if newest.parent == job.run_dir:
+        starts = [*read_attempts(job.slurm_dir), *(attempt for _, attempt in unfinished_attempts(job))]
+        found["goodput"] = _goodput(starts, found, newest)
     return found
 
 
-def _goodput(attempts: Sequence[Attempt], found: dict[str, Any]) -> float | None:
-    """Share of the time since the first start that went into steps that count, were they all as fast as the last ones.
+def _goodput(starts: Sequence[Attempt], found: dict[str, Any], metrics: Path) -> float | None:
+    """Share of the time since the first start that went into the steps there are, by a sample of their times.
 
     `megatron-video report` has the measured share; this one costs no reading of months of metrics.
     """
-    seconds, last = found.get("step_seconds"), found.get("step")
-    if not attempts or seconds is None or last is None:
+    seconds, last = _mean_step_seconds(metrics), found.get("step")
+    if not starts or seconds is None or last is None:
         return None
-    first_step = attempts[0].step_before or 0
-    began = datetime.fromisoformat(attempts[0].began).timestamp()
-    until = time.time() - float(found["silent_seconds"])
-    return min(1.0, (last - first_step) * seconds / (until - began)) if until > began else None
+    began = datetime.fromisoformat(starts[0].began).timestamp()
+    elapsed = time.time() - float(found["silent_seconds"]) - began
+    return min(1.0, (last - (starts[0].step_before or 0)) * seconds / elapsed) if elapsed > 0 else None
+
+
+def _mean_step_seconds(metrics: Path) -> float | None:
+    """Of the lines in a few places all over the file."""
+    size, values = metrics.stat().st_size, []
+    with metrics.open("rb") as file:
+        for offset in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+            file.seek(offset)
+            for line in file.read(_SAMPLE_BYTES).splitlines():
+                # The first and the last line of a piece are torn.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    values.append(float(json.loads(line)["step_seconds"]))
+    return statistics.mean(values) if values else None
 
 
 def _total_steps(config: Path) -> int | None:

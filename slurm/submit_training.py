@@ -21,6 +21,7 @@ import yaml
 
 from megatron_video.errors import UserError
 from slurm.job import CONFIG_FILE, Kind
+from slurm.launch import training_options
 from slurm.profile import ClusterProfile
 from slurm.snapshot import source_root
 from slurm.submission import Request, add_submission_options, planned_job, read_profile, submit_or_show
@@ -158,17 +159,13 @@ def prepare(
         gpus_per_node=profile.slurm.gpus_per_node,
         cwd=cwd,
     )
-    restarts = profile.restarts
-    options = [f"--signal=B:USR1@{restarts.warning_seconds}", "--requeue" if restarts.requeue else "--no-requeue"]
-    # The allocation outlives a node that fails, so that a spare one takes its place.
-    options += ["--no-kill"] if job.spare_nodes else []
     skipped, ranks = "dry-run" in arguments.no_check, job.nodes * profile.ranks_per_node
     problems, checked = ([], []) if skipped else dry_run_of(training, profile, config, ranks, caller)
     return Request(
         job=job,
         profile=profile,
         script=SCRIPT,
-        options=options,
+        options=training_options(job, profile),
         config=config,
         chain=arguments.chain,
         warned=True,
