@@ -173,7 +173,8 @@ def _collect(
 
 def _judge(steps: Steps, answers: dict[str, dict[str, Any]], findings: Findings, *, burn: bool) -> None:
     preflight = steps.profile.preflight
-    wanted = limits(preflight, steps.job.gpus_per_node, burn=burn)
+    gpus = steps.job.gpus_per_node
+    wanted = limits(preflight, gpus, burn=burn, shared=gpus < steps.profile.slurm.gpus_per_node)
     for name, answer in answers.items():
         findings.figures.setdefault(name, {}).update(answer["figures"])
         findings.bad += judge(name, answer, wanted)

@@ -72,10 +72,10 @@ SAME = ("driver", "kernel", "host_python", "gpu_names", "python", "packages")
 _NO_GPU_CHECKS = ("ecc", "row remapping", "remapped rows", "xid", "throttling", "nvlink", "leftovers", "gpus")
 
 
-def limits(preflight: Preflight, gpus: int, *, burn: bool = False) -> dict[str, Any]:
+def limits(preflight: Preflight, gpus: int, *, burn: bool = False, shared: bool = False) -> dict[str, Any]:
     """Name -> limit of every check that is on: those of the host, or those of the burn.
 
-    A job that takes no GPUs is not asked about them.
+    A job that takes no GPUs is not asked about them; on nodes that it shares, other jobs may run on the GPUs.
     """
     found: dict[str, Any] = {}
     for check in CHECKS:
@@ -83,6 +83,8 @@ def limits(preflight: Preflight, gpus: int, *, burn: bool = False) -> dict[str, 
             continue
         value = getattr(preflight, check.field)
         if value is None or value is False or (check.name in _NO_GPU_CHECKS and not gpus):
+            continue
+        if shared and check.name == "leftovers":
             continue
         found[check.name] = gpus if check.name == "gpus" else value
     return found

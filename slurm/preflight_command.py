@@ -156,10 +156,16 @@ def _run_shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
     assert process.stderr is not None
     last = "no word"
-    for line in process.stderr:
-        print(line, end="", file=sys.stderr, flush=True)
-        last = line.strip() or last
-    process.wait()
+    try:
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip() or last
+    except BaseException:
+        # Interrupted: the allocation must not outlive this command.
+        process.terminate()
+        raise
+    finally:
+        process.wait()
     return last
 
 

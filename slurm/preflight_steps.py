@@ -63,7 +63,8 @@ class Steps:
 
     def task_command(self, module: str, *arguments: str) -> list[str]:
         """A module of this package, run as a training is: in the container, after the profile's lines of setup."""
-        folders = [self.job.run_dir, self.job.cwd, self.folder]
+        # By hand the code is a link to the checkout.
+        folders = [self.job.run_dir, self.job.cwd, self.folder, self.job.code.resolve()]
         enter = container_words(self.profile, folders, self.job.cwd, gpus=bool(self.job.gpus_per_node))
         command = [self.profile.software.python, "-m", module, *arguments]
         return [*enter, *with_setup(self.profile, command)]

@@ -81,6 +81,8 @@ def test_gpus_are_asked_for_only_where_a_job_takes_them() -> None:
     assert "gpus" not in limits(Preflight(), 0)
     assert limits(Preflight(), 8)["gpus"] == 8
     assert "gemm results" in limits(Preflight(), 0, burn=True)
+    assert "leftovers" in limits(Preflight(), 8)
+    assert "leftovers" not in limits(Preflight(), 2, shared=True)
     (bad,) = [b for b in judge("n", answer(gpus=7), limits(Preflight(), 8)) if b.check == "gpus"]
     assert bad.reason == "GPUs that nvidia-smi shows: 7, at least 8 is asked (preflight.gpus)"
 
