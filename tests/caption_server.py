@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SLOW_SECONDS = 1.5
+SLOW_SECONDS = 3
 
 
 @dataclass

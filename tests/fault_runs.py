@@ -52,7 +52,7 @@ def run(
     *overrides: str,
     faults: list[dict[str, Any]],
     ranks: int = 2,
-    timeout: float = 240,
+    timeout: float = 600,
     **more: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output and errors together in `stdout`."""
@@ -67,7 +67,7 @@ def run(
 
 
 def run_without_launcher(
-    folder: Path, name: str, *overrides: str, faults: list[dict[str, Any]], count: int = 2, timeout: float = 240
+    folder: Path, name: str, *overrides: str, faults: list[dict[str, Any]], count: int = 2, timeout: float = 600
 ) -> list[tuple[int, str]]:
     """Ranks that nobody ends when one of them fails; exit code and output of each.
 

@@ -72,16 +72,16 @@ def test_a_failing_rank_tells_and_the_pool_goes_on(function: object, message: st
     with RankPool(3, "cpu") as pool:
         started = time.monotonic()
         with pytest.raises(RankError, match=message):
-            pool.run(function, 1, timeout_seconds=60)
-        assert time.monotonic() - started < 45  # the others, inside a barrier, were not waited for
+            pool.run(function, 1, timeout_seconds=600)
+        assert time.monotonic() - started < 300  # the others, inside a barrier, were not waited for
         assert pool.run(add_ranks)[2] == (2, 3, 3.0)
 
 
 def test_a_rank_that_hangs_is_given_up() -> None:
     with RankPool(2, "cpu") as pool:
         pool.run(add_ranks)
-        with pytest.raises(RankError, match="rank 1: no answer within 2 s"):
-            pool.run(sleep_on, 1, timeout_seconds=2)
+        with pytest.raises(RankError, match="rank 1: no answer within 4 s"):
+            pool.run(sleep_on, 1, timeout_seconds=4)
         assert pool.run(add_ranks)[0] == (0, 2, 1.0)
 
 
@@ -98,7 +98,7 @@ def test_ranks_end_with_their_starter(ending: signal.Signals, tmp_path: Path) ->
         assert len(pids) == 2
         assert all(map(psutil.pid_exists, pids))
         run.send_signal(ending)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while any(map(_runs, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
         # Before the starter is waited for: at its own end the ranks end too.

@@ -112,7 +112,7 @@ def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen
 
 def wait_for_half_a_shard(out: Path) -> tuple[int, str]:
     """(process id, shard name) of a worker that is writing a shard now."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         for path in out.glob(".shard-*.tmp"):
             match = re.fullmatch(r"\.(shard-\d+\.tar)\.(\d+)\.tmp", path.name)
@@ -120,6 +120,18 @@ def wait_for_half_a_shard(out: Path) -> tuple[int, str]:
                 return int(match[2]), match[1]
         time.sleep(0.001)
     raise TimeoutError(f"no shard was begun in {out}")
+
+
+def kill_half_way(out: Path) -> tuple[int, str]:
+    """`wait_for_half_a_shard`, and the end of that worker while the shard is certainly half."""
+    while True:
+        pid, shard = wait_for_half_a_shard(out)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        half = (out / f".{shard}.{pid}.tmp").exists()
+        os.kill(pid, signal.SIGKILL if half else signal.SIGCONT)
+        if half:
+            return pid, shard
 
 
 def test_two_workers_make_the_bytes_of_one(prepared: Prepared, tmp_path: Path) -> None:
@@ -131,10 +143,9 @@ def test_two_workers_make_the_bytes_of_one(prepared: Prepared, tmp_path: Path) -
 
 def test_a_killed_workers_shard_is_redone_and_no_other(prepared: Prepared, tmp_path: Path) -> None:
     with started(prepared.command(tmp_path, workers=2)) as process:
-        pid, shard = wait_for_half_a_shard(tmp_path)
+        pid, shard = kill_half_way(tmp_path)
         assert pid != process.pid
-        os.kill(pid, signal.SIGKILL)
-        output, errors = process.communicate(timeout=180)
+        output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     details = json.loads(output)["details"]
     assert (details["worker deaths"], details["shards redone"]) == (1, [shard])
@@ -167,7 +178,7 @@ def test_a_clip_that_kills_every_worker_is_dropped(prepared: Prepared, tmp_path:
     out = tmp_path / "out"
     path = os.pathsep.join([str(tmp_path / "path"), *sys.path])
     with started(prepared.command(out, workers=2), PYTHONPATH=path, DEADLY="1") as process:
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     details = json.loads(output)["details"]
     # Twice without suspicion, twice with it: then the clip is known.
@@ -192,7 +203,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(
     assert others < size - 4096
     limited = [sys.executable, "-c", _WITH_A_LIMIT, str(size - 4096), *prepared.command(tmp_path, workers)]
     with started(limited) as process:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 2, errors
     message = errors.strip().splitlines()[-1]
     assert "the limit on the size of a file is reached" in message
@@ -227,6 +238,8 @@ def test_a_small_file_system_fills_up_and_is_enlarged(prepared: Prepared, tmp_pa
 def test_the_second_run_names_the_first(prepared: Prepared, tmp_path: Path) -> None:
     with started(prepared.command(tmp_path, workers=1)) as first:
         wait_for_half_a_shard(tmp_path)
+        # It must not end while the second starts.
+        first.send_signal(signal.SIGSTOP)
         with pytest.raises(UserError, match=rf"process {first.pid} on {re.escape(socket.gethostname())}, since "):
             encode.run(prepared.manifest, tmp_path, prepared.vae, prepared.text, SETTINGS)
 

@@ -71,7 +71,7 @@ def test_the_shipped_recipe_makes_verified_shards_also_after_a_kill(tmp_path: Pa
     for name in ("vae", "text"):
         (killed / name).symlink_to(work / name)
     with subprocess.Popen([sys.executable, "-c", STARTED, *command(raw, killed)], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline and not list(killed.glob("5-encode/*.tar")):
             time.sleep(0.01)
         process.kill()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caption_server import Asked, answer_about, serving
+from caption_server import SLOW_SECONDS, Asked, answer_about, serving
 from made_clips import write_clips
 
 from data_prep import caption
@@ -54,7 +54,7 @@ def asked_of(
     **options: Any,
 ) -> StageReport:
     config = load_config(CaptionConfig, DEFAULT_PROMPTS, ["frames=3"])
-    captioner = EndpointCaptioner(EndpointSettings(url, "tiny", **{"timeout": 0.7, **options}), config)
+    captioner = EndpointCaptioner(EndpointSettings(url, "tiny", **{"timeout": SLOW_SECONDS - 1, **options}), config)
     settings = caption.CaptionSettings(tuple(kinds.split(",")), on_missing=on_missing, max_failures=max_failures)  # type: ignore[arg-type]
     try:
         return caption.run(manifest, out, captioner, settings, config, workers=2, shard=shard)
@@ -202,7 +202,7 @@ def test_a_killed_run_asks_for_nothing_twice(manifest: Path, tmp_path: Path) -> 
     with serving(plan) as server:
         command = [sys.executable, "-m", "data_prep.cli", "caption", "--in", str(manifest), "--out", str(out)]
         process = subprocess.Popen([*command, "--endpoint", server.url, *options], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(server.asked) < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
