@@ -46,7 +46,7 @@ def test_every_rank_holds_what_its_view_says(ranks: RankPool, name: str) -> None
     views = views_of(fields, size, precision)
     held = ranks.run(held_on_this_rank, fields, ranks=size)
     state = ranks.run(state_on_this_rank, fields, precision, ranks=size)
-    said = list(views.ranks())
+    said = views.ranks
     assert [facts.rank for facts in said] == list(range(size))
     for facts, (chunks, groups), parts in zip(said, held, state, strict=True):
         at = facts.coordinates
@@ -64,7 +64,7 @@ def test_megatron_fsdp_has_the_same_parameters(ranks: RankPool) -> None:
     (chunks, _), _ = ranks.run(held_on_this_rank, fields, ranks=2)
     assert [{n: p.shape for n, p in chunk.parameters.items()} for chunk in views.views[0, 0].chunks] == chunks
     whole = views_of({}, 2)
-    for cut, full in zip(views.ranks(), whole.ranks(), strict=True):
+    for cut, full in zip(views.ranks, whole.ranks, strict=True):
         assert cut.optimizer == pytest.approx(full.optimizer / 2, abs=12)
         assert cut.weights == pytest.approx(full.weights / 2, abs=1)
 

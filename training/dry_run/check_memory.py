@@ -56,16 +56,6 @@ def drawn_step(config: PretrainConfig, checked: CheckedData, text_tokens: int) -
     return counts
 
 
-def micro_batches_of_replicas(config: PretrainConfig, checked: CheckedData, replicas: int) -> list[int]:
-    """Micro-batches of every replica in the first step."""
-    plan = checked.plan
-    if plan.costs is None:
-        batches = plan.step(0)
-        return [len(plan.deal(batches, rank, replicas)) for rank in range(replicas)]
-    counts: list[int] = plan.dealing(0, replicas).micro_batches.tolist()
-    return counts
-
-
 def _endless(cluster: Cluster) -> Cluster:
     return replace(cluster, memory_gib=_ENDLESS_GIB)
 
@@ -74,7 +64,7 @@ def _compare(plan: Plan, views: JobViews, findings: Findings) -> None:
     """The planner computes from the model's sizes; the views are what is built."""
     by_stage: dict[int, int] = {}
     on_host = plan.job.optimizer_on_host
-    for facts in views.ranks():
+    for facts in views.ranks:
         state = (
             facts.weights + facts.gradients + (facts.ema if plan.job.ema else 0) + (0 if on_host else facts.optimizer)
         )

@@ -77,8 +77,12 @@ class JobViews:
         members: list[int] = self.grid[line].tolist()
         return members
 
-    def ranks(self) -> Iterator[RankFacts]:
-        """All ranks, in order."""
+    @cached_property
+    def ranks(self) -> list[RankFacts]:
+        """All of them, in order."""
+        return list(self._ranks())
+
+    def _ranks(self) -> Iterator[RankFacts]:
         elements = {pp: self._optimizer_elements(pp) for pp in range(self.grid.shape[0])}
         context, width = self.grid.shape[2], 3 if self.tensors.precision == "bf16" else 2
         for pp, dp, cp, tp in np.ndindex(*self.grid.shape):

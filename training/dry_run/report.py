@@ -173,7 +173,7 @@ def rank_lines(stage: StageReport) -> list[dict[str, Any]]:
     if views is None:
         return []
     rows = []
-    for facts in views.ranks():
+    for facts in views.ranks:
         at = facts.coordinates
         rows.append(
             {
@@ -203,7 +203,8 @@ def _rank_table(stage: StageReport) -> str:
         for row in stage.rank_rows()
     ]
     names = ["stage", "ranks", "layers", "10^9 parameters", *(name.replace("_", " ") for name in _SIZES)]
-    note = "GiB of one rank, least-most over all of them; micro-batches of one replica in the first step"
+    samples = "" if stage.findings.checks.get("data") == "ok" else " (no data: of samples drawn alike)"
+    note = f"GiB of one rank, least-most over all of them; micro-batches of one replica in the first step{samples}"
     return f"{text_table([*names, 'micro-batches'], rows)}\n{note}"
 
 

@@ -13,10 +13,11 @@ from training.dry_run import check_checkpoint, check_data, check_disk
 from training.dry_run.check_checkpoint import Start, check_start
 from training.dry_run.check_data import CheckedData
 from training.dry_run.check_disk import DiskNeed, disk_need
-from training.dry_run.check_memory import check_memory, micro_batches_of_replicas
+from training.dry_run.check_memory import check_memory
 from training.dry_run.findings import Findings
 from training.dry_run.job_views import JobViews, RankFacts, build_views, layers_text
 from training.dry_run.rank_view import Tensors
+from training.dry_run.replica_shares import micro_batches_of_replicas, plan_without_data
 from training.dry_run.request import Request
 from training.planner.plan import Plan, describe
 
@@ -35,7 +36,7 @@ class StageReport:
     plan: Plan | None = None
     disk: DiskNeed | None = None
     micro_batches: list[int] = field(default_factory=list)
-    """Of every replica in its first step; [] without the data."""
+    """Of every replica in its first step; without the data, of samples drawn alike from every bucket."""
 
     def values(self) -> dict[str, Any]:
         """For JSON."""
@@ -59,7 +60,7 @@ class StageReport:
         if self.views is None:
             return []
         by_stage: dict[int, list[RankFacts]] = {}
-        for facts in self.views.ranks():
+        for facts in self.views.ranks:
             by_stage.setdefault(facts.coordinates.pp, []).append(facts)
         return [_row(stage, members, self.micro_batches) for stage, members in by_stage.items()]
 
@@ -99,6 +100,7 @@ def examine(
     if findings.passed(LAYOUT):
         with findings.check(VIEWS):
             report.views = build(Tensors.of(config), request.world_size)
+            _tell_substitutes(config, findings)
     identity = data.identity if data is not None else None
     if check_checkpoint.CHECK in request.skip:
         findings.pass_over(check_checkpoint.CHECK)
@@ -144,6 +146,17 @@ def _check_layout(config: PretrainConfig, request: Request, data: CheckedData | 
         )
 
 
+def _tell_substitutes(config: PretrainConfig, findings: Findings) -> None:
+    parallel = config.parallel
+    if parallel.transformer_impl == "transformer_engine":
+        findings.note(
+            "views have layers of torch in place of Transformer Engine's, which has no meta device here: parameters, "
+            "their names and cuts are the same"
+        )
+    if parallel.use_megatron_fsdp:
+        findings.note("Megatron-FSDP cuts by rows, unequally by some; a rank's sizes are those of equal shares")
+
+
 def _measure(report: StageReport, data: CheckedData | None) -> None:
     """What needs the views: sizes on the disk, shares of the replicas."""
     views, config = report.views, report.config
@@ -154,8 +167,10 @@ def _measure(report: StageReport, data: CheckedData | None) -> None:
         report.disk = disk_need(config, views.checkpoint_bytes, first, seconds)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    if data is not None:
-        report.micro_batches = micro_batches_of_replicas(config, data, views.grid.shape[1])
+    with report.findings.check(LAYOUT):
+        plan = data.plan if data is not None else plan_without_data(config)
+        if plan is not None:
+            report.micro_batches = micro_batches_of_replicas(plan, views.grid.shape[1])
 
 
 def _row(stage: int, members: list[RankFacts], micro_batches: list[int]) -> dict[str, Any]:
