@@ -38,12 +38,14 @@ class Kept:
     """Whether they are kept in fp32 only, and not beside `heads`."""
 
 
+_PROJECTED = Kept("query, key and value", "projections", heads=3)
 # tests/unit/test_saved_activations.py counts them where autograd keeps them.
 VIDEO_TOKEN = (
     Kept("input of norm 1", None, residual=1),
     Kept("norm 1: normalised", "projections", residual=1, plain_only=True),
     Kept("norm 1: modulated; mean and deviation", "projections", residual=1, statistics=2),
-    Kept("query, key and value", "projections", heads=3, raised=2),
+    _PROJECTED,
+    Kept("query and key, as plain torch norms them", "core_attn", raised=2),
     Kept("query and key normalised", "core_attn", heads=2, plain_only=True),
     Kept("query and key rotated; deviations, log-sum of attention", "core_attn", heads=2, head_statistics=3),
     Kept("attention output", "projections", heads=1),
@@ -177,14 +179,24 @@ def _sum(
         count * _row_bytes(row, shape, parallel, width, fused)
         for count, table in ((tokens, rows), (texts, text_rows))
         for row in table
-        if not (fused and row.plain_only)
+        if not (fused and row.plain_only) and not (row is _PROJECTED and _copied(parallel, width, fused))
     )
+
+
+def _copied(parallel: ParallelConfig, width: int, fused: bool) -> bool:
+    """Whether nobody needs the projections themselves: query and key are raised, and all three exchanged."""
+    again = "core_attn" in recomputed_branches(parallel)
+    return _raises(width, fused) and not again and bool(_exchanged(parallel))
+
+
+def _raises(width: int, fused: bool) -> bool:
+    return not fused and width != FP32
 
 
 def _row_bytes(row: Kept, shape: ModelShape, parallel: ParallelConfig, width: int, fused: bool) -> float:
     """Bytes a token on one rank."""
     tp, d, cut = parallel.tensor_model_parallel_size, shape.hidden_size, residual_cut(parallel)
-    raised = 0.0 if fused or width == FP32 else row.raised
+    raised = row.raised if _raises(width, fused) else 0.0
     heads = row.heads - (raised if row.raised_alone else 0.0)
     numbers = row.residual * d / cut + (heads * d + row.ffn * shape.ffn_size) / tp
     in_fp32 = raised * d / tp + row.statistics / cut + row.head_statistics * shape.num_heads / tp

@@ -34,7 +34,7 @@ class Size:
 
 
 SIZES: dict[Device, Size] = {
-    "cpu": Size("34x128x256", 4, 32),
+    "cpu": Size("34x192x256", 4, 32),
     "cuda": Size("68x288x512", 16, 96),
 }
 
