@@ -167,7 +167,7 @@ def _collect(
     nodes = list(nodes)
     answers = read_answers(steps.folder, nodes)
     silent = [name for name in nodes if name not in answers]
-    findings.bad += [BadNode(name, "answer", f"{outcome.why_silent(name)} ({limit})") for name in silent]
+    findings.bad += [BadNode(name, "answer", outcome.why_silent(name, limit)) for name in silent]
     return answers
 
 

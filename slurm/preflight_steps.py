@@ -36,10 +36,12 @@ class Outcome:
     seconds: float = 0.0
     """Limit of the step."""
 
-    def why_silent(self, node: str) -> str:
-        """Why a node gave no answer."""
+    def why_silent(self, node: str, limit: str) -> str:
+        """Why a node gave no answer; `limit` is the field that sets the time."""
         said = self.said.get(node, "")
-        return f"no answer within {self.seconds:g} s (preflight.seconds){': ' + said if said else ''}"
+        if self.timed_out:
+            return f"no answer within {self.seconds:g} s ({limit}){': ' + said if said else ''}"
+        return f"no answer: {said or 'its task ended without a word'}"
 
 
 @dataclass(frozen=True)
@@ -173,4 +175,7 @@ def _read_lines(process: subprocess.Popen[str], lines: list[tuple[float, str]]) 
 
 def _last_line(process: subprocess.Popen[str]) -> str:
     assert process.stderr is not None
-    return (process.stderr.read().strip().splitlines() or [""])[-1]
+    lines = process.stderr.read().strip().splitlines()
+    # What a task said tells more than srun's word on how it ended.
+    own = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
+    return (own or lines or [""])[-1]
