@@ -52,11 +52,18 @@ class Start:
             return attempt, Verdict("node failed", f"too few good nodes: {self._left_out()}")
         attempt.nodes, attempt.spares, attempt.left_out = choice.nodes, choice.spares, choice.left_out
         save_attempt(self.folder, attempt)
+        # srun fails at once where the controller is away, which would look like a fault of the training.
+        self.allocation.job_state()
         if self.stop.reason is not None:
             return attempt, Verdict("stopped", f"{self.stop.reason}, before the ranks were started")
         verdict = self._run_ranks(attempt)
         self._note_culprits(verdict)
         return attempt, verdict
+
+    def may_follow(self) -> bool:
+        """Whether this allocation still has enough good nodes for another start, as far as is known."""
+        states = self.allocation.node_states(patience=30.0)
+        return choose_nodes(self.allocation.nodes, states, self._avoided(), self.job.nodes) is not None
 
     def _described(self) -> Attempt:
         run_dir, checkpoint = self.job.run_dir, latest_checkpoint(self.job.run_dir)

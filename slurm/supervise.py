@@ -8,6 +8,7 @@ DONE or NO_RESTART in RUN/slurm.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,14 +110,21 @@ class Supervisor:
             attempt, verdict = start.run()
             verdict = self._repeated(verdict, attempt)
             close_attempt(self.job, attempt, verdict)
+            if verdict.name == "stopped" and not attempt.progress and self._is_near_end():
+                # Jobs of that length would follow each other for ever.
+                verdict = replace(verdict, name="out of time")
+                attempt.verdict = verdict.name
             say(f"start {attempt.attempt}: {verdict.name}: {verdict.reason}")
-            action, verdict = self._decide(attempt, verdict, number)
+            action, verdict = self._decide(start, attempt, verdict)
             attempt.action = action
             add_line(self.job, attempt)
             if action != "restart":
                 return self._end(action, verdict)
 
-    def _decide(self, attempt: Attempt, verdict: Verdict, number: int) -> tuple[Action, Verdict]:
+    def _is_near_end(self) -> bool:
+        return self.end_time is not None and time.time() >= self.end_time - self.profile.restarts.warning_seconds - 60
+
+    def _decide(self, start: Start, attempt: Attempt, verdict: Verdict) -> tuple[Action, Verdict]:
         """What follows a start, and why."""
         if verdict.name == "finished":
             return "done", verdict
@@ -129,10 +137,9 @@ class Supervisor:
         stuck = self._without_progress(verdict, attempt)
         if stuck is not None:
             return "no restart", stuck
-        if self.stop.reason is not None or not attempt.nodes:
+        used_up = start.number > self.profile.restarts.in_job_restarts
+        if self.stop.reason is not None or used_up or not start.may_follow():
             return "leave", verdict
-        if number > self.profile.restarts.in_job_restarts:
-            return "leave", replace(verdict, reason=f"{number} starts in this allocation; the last: {verdict.reason}")
         return "restart", verdict
 
     def _without_progress(self, verdict: Verdict, last: Attempt | None = None) -> Verdict | None:

@@ -22,7 +22,18 @@ from slurm.rank import FAILURES_FOLDER, NODES_FOLDER
 from slurm.run_files import STATUS_FILE, Marks, new_events, read_status
 from slurm.step import StepEnd
 
-Name = Literal["finished", "bad input", "diverged", "stopped", "hung", "node failed", "crashed", "cancelled", "lost"]
+Name = Literal[
+    "finished",
+    "bad input",
+    "diverged",
+    "stopped",
+    "out of time",
+    "hung",
+    "node failed",
+    "crashed",
+    "cancelled",
+    "lost",
+]
 EXIT_CODES: dict[str, int] = {"finished": 0, "bad input": 2, "diverged": 3, "hung": 75, "stopped": 143}
 """Of the batch job, where it ends for good; 1 for the others."""
 FINAL: tuple[Name, ...] = ("bad input", "diverged")
@@ -34,6 +45,7 @@ _ONE_RUN = ("pretrain", "vae", "dpo")
 # By srun: a node that a task could not be started on, and the first task that failed.
 _NOT_LAUNCHED = re.compile(r"Task launch for StepId=\S+ failed on node (\S+?): (.+)")
 _TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
+_SIGNALLED = re.compile(r"Killed|Bus error|Segmentation fault|Illegal instruction|Out Of Memory")
 _LOST_NODE = re.compile(r"Node failure on (\S+)")
 # By torchrun, of a rank that a signal ended: killed (out of memory), bus error, segmentation fault, ....
 _KILLED_RANK = re.compile(r"exitcode\s*: (-(?:9|7|11|4))\b")
@@ -109,6 +121,8 @@ def first_failure(attempt: Path) -> Failure:
         if match := pattern.search(said):
             return Failure(match[1].rstrip(":,"), match[0])
     # A rank that a signal ended leaves no record, and the others then fail because of it.
+    if (match := _TASK_FAILED.search(said)) and _SIGNALLED.match(match[2]):
+        return Failure(match[1], match[0])
     for log in _node_logs(attempt):
         if match := _KILLED_RANK.search(_tail(log)):
             return Failure(log.stem, f"a rank was ended by signal {match[1][1:]}", int(match[1]))

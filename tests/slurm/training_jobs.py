@@ -13,7 +13,7 @@ from conftest import Cluster
 from fault_runs import SCRIPT, SETTINGS
 
 from slurm.attempts import Attempt, read_attempts
-from slurm.job import Job, next_folder
+from slurm.job import DONE, NO_RESTART, Job, next_folder
 from slurm.launch import training_options
 from slurm.profile import ClusterProfile, load_profile
 from slurm.submit import submit_job
@@ -49,7 +49,7 @@ class TrainingJob:
         """Wait for something that the running job does."""
         deadline = time.monotonic() + seconds
         while True:
-            ended = "the batch job ends" in self.log()
+            ended = any((self.job.slurm_dir / name).exists() for name in (DONE, NO_RESTART))
             if what():
                 return
             assert not ended, self.log()
@@ -66,6 +66,12 @@ class TrainingJob:
 
     def attempts(self) -> list[Attempt]:
         return read_attempts(self.job.slurm_dir)
+
+    def two_attempts(self) -> tuple[Attempt, Attempt]:
+        """The starts of a job that had one accident."""
+        first, *others = self.attempts()
+        assert len(others) == 1, self.log()
+        return first, others[0]
 
     def verdict_file(self, name: str) -> str:
         return (self.job.slurm_dir / name).read_text()

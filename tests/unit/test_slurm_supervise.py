@@ -72,6 +72,17 @@ def test_a_rank_killed_by_a_signal_comes_before_those_that_fail_because_of_it(at
     assert (found.name, found.suspect) == ("crashed", "node2")
 
 
+def test_a_task_killed_by_a_signal_comes_first_too(attempt: Path, job: Job) -> None:
+    fails(attempt, 0, "node1", 1, "DistBackendError: caused by a remote worker crashing")
+    (attempt / "srun.log").write_text("srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Terminated\n")
+    found = judge(attempt, job.run_dir, job.kind, FAILED, Marks.of_run(job.run_dir), 0)
+    assert (found.name, found.suspect, found.reason) == (
+        "crashed",
+        "node2",
+        "srun: error: node2: task 1: Killed (on node2)",
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "name"), [(2, "bad input"), (3, "diverged"), (143, "stopped"), (75, "hung"), (1, "crashed")]
 )
