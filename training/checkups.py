@@ -17,6 +17,7 @@ from training.data import BatchBuilder
 from training.data_set import TrainingData
 from training.events import read_events
 from training.held_out import check_held_out
+from training.reference_pass import Reference, stored_reference
 from training.run_tail import RunTail
 from training.sample_videos import SampleVideos, decided_by_rank_0
 from training.telemetry import Stopwatch
@@ -99,8 +100,9 @@ class Checkups:
         if trainer.ema is not None and self.config.validation.ema:
             with self._weights(trainer, AVERAGED):
                 losses[AVERAGED] = validation.run(trainer.model)
+        drift = self._drift(trainer, validation)
         seconds = watch.lap()
-        trainer.telemetry.log_validation(trainer.state.step, losses, seconds)
+        trainer.telemetry.log_validation(trainer.state.step, losses, seconds, drift)
         if trainer.telemetry.active:
             trainer.events.record(
                 "validation",
@@ -108,7 +110,17 @@ class Checkups:
                 seconds=seconds,
                 quantiles=validation.probabilities,
                 losses={name: _record(loss) for name, loss in losses.items()},
+                **({} if drift is None else {"drift": _record(drift)}),
             )
+
+    def _drift(self, trainer: Trainer, validation: Validation) -> ValidationLosses | None:
+        """How far a run on preference pairs is from its reference; None for other runs."""
+        # Megatron-FSDP keeps its weights in a form of its own.
+        if self.config.dpo is None or self.config.parallel.use_megatron_fsdp:
+            return None
+        if trainer.reference is not None:
+            return validation.drift(trainer.model, trainer.reference.in_place(trainer.model))
+        return validation.drift(trainer.model, stored_reference(Reference.of(self.config), trainer.model))
 
     def _sample(self, trainer: Trainer, samples: SampleVideos, loss: float) -> None:
         watch, step = Stopwatch(), trainer.state.step

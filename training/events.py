@@ -69,7 +69,8 @@ EVENTS: dict[str, EventKind] = {
     ),
     "corrupt_sample": EventKind("a sample could not be read and was left out", ("key", "reason"), fault=True),
     "validation": EventKind(
-        "losses on held-out samples, by the name of the weights: loss, by_time (at quantiles of t), by_bucket",
+        "losses on held-out samples, by the name of the weights: loss, by_time (at quantiles of t), by_bucket; drift: "
+        "the same of the distance between policy and reference, in runs on preference pairs",
         ("seconds", "quantiles", "losses"),
     ),
     "samples": EventKind("sample videos were made", ("seconds", "folder", "weights")),

@@ -161,6 +161,22 @@ class SwappedReference:
             held.copy_(trained)
 
 
+@contextmanager
+def stored_reference(reference: Reference, model: list[WrappedChunk]) -> Iterator[None]:
+    """Within it the model computes with the reference's weights, read from its checkpoint; the trained ones wait in
+    host memory. For what happens seldom."""
+    finish_parameter_gathers(model)
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    reference.load_into(model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, held in zip(parameters, trained, strict=True):
+                parameter.copy_(held)
+
+
 @torch.no_grad()
 def forward_errors(batches: Sequence[Batch], model: Sequence[Any]) -> list[Tensor | None]:
     """Errors [2, b] of micro-batches of pairs under the model's weights; None but on the last pipeline stage."""

@@ -133,8 +133,13 @@ class Telemetry:
         if memory is not None:
             self._report(memory)
 
-    def log_validation(self, step: int, losses: Mapping[str, ValidationLosses], seconds: float) -> None:
-        """Show the losses on held-out samples, by the name of the weights; events.jsonl has every figure."""
+    def log_validation(
+        self, step: int, losses: Mapping[str, ValidationLosses], seconds: float, drift: ValidationLosses | None = None
+    ) -> None:
+        """Show the losses on held-out samples, by the name of the weights; events.jsonl has every figure.
+
+        `drift`: of a run on preference pairs, the distance from its reference.
+        """
         if not self.active:
             return
         for weights, found in losses.items():
@@ -145,6 +150,9 @@ class Telemetry:
                 self._board.add_scalar(f"validation_by_bucket_{weights}/{bucket}", sum(row) / len(row), step)
         self._board.flush()
         shown = ", ".join(f"{found.loss:.4f} ({weights} weights)" for weights, found in losses.items())
+        if drift is not None:
+            self._board.add_scalar("preference/drift", drift.loss, step)
+            shown += f", drift from the reference {drift.loss:.6f}"
         self.say(f"step {step}: validation loss {shown} in {seconds:.1f} s")
 
     def log_samples(self, step: int, folder: SampleFolder, fps: float, seconds: float) -> None:

@@ -7,7 +7,8 @@ all ranks. Nobody waits at a barrier for a rank that validates alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import tee
 
@@ -108,12 +109,34 @@ class Validation:
     @torch.no_grad()
     def run(self, model: list[WrappedChunk]) -> ValidationLosses:
         """Evaluate the weights that `model` has now; all ranks call it together."""
+        return self._run(model, _error)
+
+    @torch.no_grad()
+    def drift(self, model: list[WrappedChunk], other: AbstractContextManager[None]) -> ValidationLosses:
+        """Mean squared distance of the model's velocities from those it gives within `other`, which has other weights.
+
+        Up to a weight by t it is the divergence (KL) of the two models' paths. Predictions wait in host memory.
+        """
+        kept: dict[int, Tensor] = {}
+
+        def keep(number: int, target: Tensor, prediction: Tensor) -> Tensor:
+            kept[number] = prediction.float().cpu()
+            return _error(number, target, prediction)
+
+        def distance(number: int, target: Tensor, prediction: Tensor) -> Tensor:
+            return _error(number, kept[number].to(prediction.device), prediction)
+
+        self._run(model, keep)
+        with other:
+            return self._run(model, distance)
+
+    def _run(self, model: list[WrappedChunk], error: ErrorFunction) -> ValidationLosses:
         # A replica without a share would else miss the gathers that the others' forward passes make.
         finish_parameter_gathers(model)
         for chunk in model:
             chunk.eval()
         try:
-            sums = self._evaluate(model)
+            sums = self._evaluate(model, error)
         finally:
             for chunk in model:
                 chunk.train()
@@ -123,7 +146,7 @@ class Validation:
         torch.distributed.all_reduce(sums)
         return self._losses(sums)
 
-    def _evaluate(self, model: list[WrappedChunk]) -> Tensor:
+    def _evaluate(self, model: list[WrappedChunk], error: ErrorFunction) -> Tensor:
         """[2, buckets, times] fp64: sums and counts of this replica's share; zeros but on the last stage."""
         sums = torch.zeros(2, len(self.buckets), len(self.probabilities), dtype=torch.float64, device=_device(model))
         share = self._share(model)
@@ -131,7 +154,7 @@ class Validation:
             return sums
         shapes = [self.data.shapes[self.buckets[item.bucket]] for item, _ in share]
         outputs = run_schedule(
-            _forward_step,
+            functools.partial(_forward_step, error),
             model,
             # Built when the first chunk needs them, and kept until the last one has them.
             tee(self._built(share), len(model)),
@@ -144,9 +167,9 @@ class Validation:
             sums[:, output["bucket"], output["time"]] += output["sum_and_count"]
         return sums
 
-    def _built(self, share: list[tuple[ValidationBatch, bool]]) -> Iterator[tuple[ValidationBatch, bool, Batch]]:
-        for item, counts in share:
-            yield item, counts, self._builders[item.time].build(item.planned)
+    def _built(self, share: list[tuple[ValidationBatch, bool]]) -> Iterator[_Item]:
+        for number, (item, counts) in enumerate(share):
+            yield _Item(number, item, counts, self._builders[item.time].build(item.planned))
 
     def _plan(self) -> list[ValidationBatch]:
         """All micro-batches at all times, the dearest first."""
@@ -206,26 +229,38 @@ def _needed_count(model: list[WrappedChunk], ours: int, most: int) -> int:
     return -(-count // stages) * stages if len(model) > 1 else count
 
 
-def _forward_step(
-    batches: Iterator[tuple[ValidationBatch, bool, Batch]], model: torch.nn.Module
-) -> tuple[Tensor, LossFunction]:
-    item, counts, batch = next(batches)
-    batch = batch.to(next(model.parameters()).device)
-    return predict(batch, model), functools.partial(_loss, item, counts, batch.target)
+@dataclass(frozen=True)
+class _Item:
+    number: int
+    """Among this replica's."""
+    place: ValidationBatch
+    counts: bool
+    batch: Batch
+
+
+# (number of the micro-batch, target, prediction) -> sum of squared errors of all its elements.
+ErrorFunction = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def _error(number: int, target: Tensor, prediction: Tensor) -> Tensor:
+    return squared_errors(prediction, target).double().sum()
+
+
+def _forward_step(error: ErrorFunction, items: Iterator[_Item], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+    item = next(items)
+    batch = item.batch.to(next(model.parameters()).device)
+    return predict(batch, model), functools.partial(_loss, error, item, batch.target)
 
 
 def _loss(
-    item: ValidationBatch, counts: bool, target: Tensor, prediction: Tensor
+    error: ErrorFunction, item: _Item, target: Tensor, prediction: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, object]]:
-    errors = squared_errors(prediction, target).double().sum() / target.shape[2]
+    errors = error(item.number, target, prediction) / target.shape[2]
     positions = target[:, :, 0].numel()
     pair = torch.stack([errors, torch.full_like(errors, positions)])
     count = torch.full((), positions, dtype=torch.int32, device=errors.device)
-    return (
-        errors,
-        count,
-        {"bucket": item.bucket, "time": item.time, "sum_and_count": pair if counts else torch.zeros_like(pair)},
-    )
+    place = {"bucket": item.place.bucket, "time": item.place.time}
+    return errors, count, {**place, "sum_and_count": pair if item.counts else torch.zeros_like(pair)}
 
 
 def _device(model: list[WrappedChunk]) -> torch.device:

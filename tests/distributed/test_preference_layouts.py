@@ -12,6 +12,7 @@ from preference_worker import metrics, train
 from tiny_pairs import write_tiny_pairs
 from tiny_shards import write_tiny_shards
 
+from training.events import read_events
 from training.layout_matrix.table import LAYOUTS
 from training.local_ranks import RankPool
 
@@ -90,6 +91,28 @@ def test_a_swapped_reference_in_other_layouts(
     found = metrics(folder / f"{name}_swapped")
     for ours, theirs in zip(found, single, strict=True):
         assert ours == {key: pytest.approx(value, rel=1e-5, abs=2e-5) for key, value in theirs.items()}
+
+
+def drifts(run_dir: Path) -> list[float]:
+    return [event["drift"]["loss"] for event in read_events(run_dir, "validation")]
+
+
+def test_drift_is_told_and_leaves_the_weights_alone(
+    ranks: RankPool, folder: Path, single: list[dict[str, Any]]
+) -> None:
+    held_out = write_tiny_shards(folder / "held_out", {"17x48x48": 4, "1x48x48": 2}, seed=5, source="other")
+    validation = [f"validation.shards=[{held_out}]", "validation.every=2", "validation.time_quantiles=3"]
+    aligned(ranks, folder, "drift", *validation)
+    # What comes back after the reference was in place is what was there, bit for bit.
+    assert metrics(folder / "drift") == single
+    found = drifts(folder / "drift")
+    assert len(found) == 3
+    assert 0 < found[0] < found[-1]
+    layouts = [("drift_swapped", "dpo.reference=swapped", "dp2_zero1"), ("drift_pp", "dpo.beta=40", "pp2_vpp2")]
+    for name, option, layout in layouts:
+        case = BY_NAME[layout]
+        aligned(ranks, folder, name, *validation, option, parallel=case.parallel, count=case.ranks)
+        assert drifts(folder / name) == pytest.approx(found, rel=1e-3)
 
 
 def test_a_run_that_is_stopped_goes_on_exactly_and_also_longer(

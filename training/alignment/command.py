@@ -19,6 +19,11 @@ STEPS: dict[str, tuple[str, str]] = {
     "pair": ("training.alignment.pair", "scored videos -> shards of preference pairs, with statistics"),
     "reward": ("training.alignment.reward", "train a reward model on pairs, validated on held-out prompts"),
     "train": ("training.dpo", "train on the pairs (torchrun for several ranks)"),
+    "win-rate": (
+        "training.alignment.win_rate",
+        "two models on the same prompts and noise: how often one beats the other",
+    ),
+    "rounds": ("training.alignment.rounds", "generate, score, pair, train, judge, again and again, from one YAML file"),
 }
 
 

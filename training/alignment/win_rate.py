@@ -1,0 +1,124 @@
+"""`megatron-video dpo win-rate`: how often one model's video beats another's of the same prompt and initial noise.
+
+A tie counts half, as in the paper's table of Video-DPO (arXiv 2502.10248, 9.7).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_video.cli import run_command
+from megatron_video.errors import UserError
+from training.alignment.generated import Generated, Sample, read_generated
+from training.alignment.score import read_scores
+from training.measure_shapes import wilson_interval
+
+# Settings in which two folders that are compared may differ.
+_FREE = {"checkpoint", "ema", "latents", "precision"}
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Outcomes over prompts and seeds."""
+
+    wins: int
+    ties: int
+    losses: int
+    mean_before: float
+    mean_after: float
+
+    @property
+    def rate(self) -> float:
+        """Share of wins, ties counting half."""
+        return (self.wins + self.ties / 2) / (self.wins + self.ties + self.losses)
+
+    def values(self) -> dict[str, Any]:
+        """For JSON, with the 95 % interval."""
+        total = self.wins + self.ties + self.losses
+        low, high = wilson_interval(round(self.rate * total), total)
+        return {"win_rate": self.rate, "interval_95": [low, high], **vars(self)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare two folders by their scores.
+
+    Raises:
+        UserError: folders of other prompts, seeds or settings, or without scores.
+    """
+    arguments = _parse(argv)
+    found = compare(arguments.before, arguments.after, arguments.scores)
+    if arguments.json:
+        print(json.dumps(found.values()))
+        return 0
+    values = found.values()
+    low, high = values["interval_95"]
+    print(
+        f"{arguments.after} against {arguments.before}: win rate {found.rate:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%}; {found.wins} won, {found.ties} tied, {found.losses} lost); "
+        f"mean score {found.mean_before:.4g} -> {found.mean_after:.4g}"
+    )
+    return 0
+
+
+def compare(before: Path, after: Path, scores: str = "scores.jsonl") -> WinRate:
+    """Outcomes of the samples in `after` against those in `before`, by the file `scores` in each.
+
+    Raises:
+        UserError: folders of other prompts, seeds or settings, or without scores.
+    """
+    old, new = read_generated(before), read_generated(after)
+    _check_alike(old, new)
+    old_scores, new_scores = (_by_noise(side, read_scores(side.folder / scores)) for side in (old, new))
+    pairs = [(old_scores[key], new_scores[key]) for key in old_scores]
+    return WinRate(
+        wins=sum(now > then for then, now in pairs),
+        ties=sum(now == then for then, now in pairs),
+        losses=sum(now < then for then, now in pairs),
+        mean_before=sum(then for then, _ in pairs) / len(pairs),
+        mean_after=sum(now for _, now in pairs) / len(pairs),
+    )
+
+
+def _check_alike(old: Generated, new: Generated) -> None:
+    names = sorted({*old.settings, *new.settings} - _FREE)
+    different = [name for name in names if old.settings.get(name) != new.settings.get(name)]
+    if different:
+        lines = "; ".join(f"{name}: {old.settings.get(name)} and {new.settings.get(name)}" for name in different)
+        raise UserError(f"{old.folder} and {new.folder} were sampled otherwise ({lines}); only weights may differ")
+    theirs, ours = ({_key(sample) for sample in side.samples} for side in (old, new))
+    if theirs != ours:
+        raise UserError(
+            f"{old.folder} and {new.folder} hold other prompts or seeds ({len(theirs - ours)} and "
+            f"{len(ours - theirs)} of them are in one alone); sample both from one prompt file"
+        )
+
+
+def _by_noise(side: Generated, scores: Mapping[int, float]) -> dict[tuple[str, int], float]:
+    missing = [sample.index for sample in side.samples if sample.index not in scores]
+    if missing:
+        raise UserError(f"{len(missing)} samples of {side.folder} have no score, first: {missing[0]}; score again")
+    return {_key(sample): scores[sample.index] for sample in side.samples}
+
+
+def _key(sample: Sample) -> tuple[str, int]:
+    return sample.prompt, sample.seed
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron-video dpo win-rate", description=__doc__)
+    add = parser.add_argument
+    add("--before", type=Path, required=True, help="folder of scored samples")
+    add("--after", type=Path, required=True, help="of the same prompts and seeds by the other model")
+    add("--scores", default="scores.jsonl", help="name of the file with scores in both folders (default: %(default)s)")
+    add("--json", action="store_true", help="print the figures as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
