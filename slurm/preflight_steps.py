@@ -88,7 +88,7 @@ class Steps:
         return outcome
 
     def srun(self, nodes: Sequence[str], command: Sequence[str], seconds: float, outcome: Outcome) -> str:
-        """One step on `nodes`, ended after `seconds`; the last line of what its tasks and srun complained of."""
+        """One step on `nodes`, ended after `seconds`; what its tasks, or srun, complained of."""
         words = [*srun_words(nodes), f"--chdir={self.job.cwd}", *command]
         own = {"PYTHONPATH": str(self.job.code), "PYTHONSAFEPATH": "1", "SLURM_EXPORT_ENV": "ALL"}
         environment = {**step_environment(), **own}
@@ -98,7 +98,7 @@ class Steps:
         reader = threading.Thread(target=_read_lines, args=(process, outcome.lines), daemon=True)
         reader.start()
         errors: list[str] = []
-        listener = threading.Thread(target=lambda: errors.append(_last_line(process)), daemon=True)
+        listener = threading.Thread(target=lambda: errors.append(_complaint(process)), daemon=True)
         listener.start()
         try:
             process.wait(seconds)
@@ -173,9 +173,10 @@ def _read_lines(process: subprocess.Popen[str], lines: list[tuple[float, str]]) 
         lines.append((time.time(), line))
 
 
-def _last_line(process: subprocess.Popen[str]) -> str:
+def _complaint(process: subprocess.Popen[str]) -> str:
     assert process.stderr is not None
     lines = process.stderr.read().strip().splitlines()
     # What a task said tells more than srun's word on how it ended.
     own = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-    return (own or lines or [""])[-1]
+    first = [line for line in lines if "error:" in line][:1]
+    return (own[-1:] or first or lines[-1:] or [""])[0]
