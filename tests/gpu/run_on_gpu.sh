@@ -5,7 +5,7 @@
 #   bash tests/gpu/run_on_gpu.sh [PYTEST ARGUMENTS]                             there: install them, test, print a table
 #
 # `pack` takes what needs no download from the folder (default ../shared/gpu/wheels). The whole log of a run is in
-# $OUT/gpu_tests.log ($OUT: default runs/gpu).
+# $OUT/gpu_tests.log, the planner's memory beside what was measured in $OUT/measured_memory.md ($OUT: default runs/gpu).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 WHEELS=.whl
@@ -84,4 +84,11 @@ show_versions 2>&1 | tee "$LOG"
 status=0
 python3 -m pytest -m gpu tests/gpu -v --tb=short --durations=15 -p no:cacheprovider "$@" >>"$LOG" 2>&1 || status=$?
 show_table "$LOG"
+# The planner's memory beside the allocator's, for as many layouts as the GPUs allow. Shards need pyarrow, whose wheel is
+# too large to come along.
+if python3 -c 'import pyarrow' 2>/dev/null; then
+    python3 -m training.planner.measure_memory --device cuda --out "$OUT/measured_memory.md" 2>>"$LOG" || status=$?
+else
+    echo 'no pyarrow on this machine: memory was not measured'
+fi
 exit "$status"

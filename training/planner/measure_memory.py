@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -44,6 +45,10 @@ _WHAT = (
     "is furthest from its prediction, the other columns are parts of that prediction. Batches that wait for their "
     "step are left out: they lie in host memory."
 )
+_LEFT = (
+    "What is left: buffers of fixed size in torch's CPU kernels (bf16 attention takes 1 to 2 MB backward, whatever the "
+    "layout), copies that gloo makes of what it sends and gathers, and the 0.15 MB matrix of the straggler watch."
+)
 _HOW: dict[Device, str] = {
     "cpu": "Measured on the CPU by torch's allocator (`training/planner/memory_trace.py`), gloo between ranks, plain "
     "torch in the place of the fused kernels; the planner is told so and uses the formulas of every other job.",
@@ -54,9 +59,14 @@ _HOW: dict[Device, str] = {
 def measure_layout(layout: MeasuredLayout, device: Device) -> list[Compared]:
     """Every rank of one layout, in processes of its own."""
     size = SIZES[device]
-    with tempfile.TemporaryDirectory(prefix="measured_memory_") as name, RankPool(layout.ranks, device) as pool:
+    with tempfile.TemporaryDirectory(prefix="measured_memory_") as name:
         write_shards(Path(name), size)
-        return compare(pool, run_config(layout, size, Path(name)), layout.ranks, TEXT_TOKENS)
+        config = run_config(layout, size, Path(name))
+        if device == "cuda":
+            # Read once, when CUDA starts; Megatron-FSDP and the other layouts want different ones.
+            os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if config.parallel.use_megatron_fsdp else "1"
+        with RankPool(layout.ranks, device) as pool:
+            return compare(pool, config, layout.ranks, TEXT_TOKENS)
 
 
 def row_of(layout: MeasuredLayout, compared: Sequence[Compared]) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def page(rows: Sequence[dict[str, Any]], left_out: Sequence[MeasuredLayout], dev
         f"{_HOW[device]} {_where(device)}; {_model(size)}.",
         f"{len(rows)} layouts; largest residual of a peak {largest:.2f} %, of any rank.",
         table_of(rows).markdown(),
+        *([_LEFT] if device == "cpu" else []),
     ]
     if left_out:
         parts.append("Not measured, for want of GPUs: " + ", ".join(layout.name for layout in left_out) + ".")
