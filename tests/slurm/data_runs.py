@@ -34,13 +34,19 @@ class SmallData:
         return [*places, f"--out={out}", *sizes]
 
 
+def write_clips(folder: Path, count: int) -> Path:
+    """Clips with captions beside them."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        write_mp4(folder / f"clip_{number:02d}.mp4", draw_video(np.random.default_rng(number), "red", "left"), fps=25)
+        (folder / f"clip_{number:02d}.txt").write_text(f"a red shape, number {number}, moves to the left")
+    return folder
+
+
 def make_small_data(folder: Path, clips: int) -> SmallData:
     """Write clips, captions and encoders, and ingest them."""
     data = SmallData(folder)
-    data.raw.mkdir(parents=True)
-    for number in range(clips):
-        write_mp4(data.raw / f"clip_{number:02d}.mp4", draw_video(np.random.default_rng(number), "red", "left"), fps=25)
-        (data.raw / f"clip_{number:02d}.txt").write_text(f"a red shape, number {number}, moves to the left")
+    write_clips(data.raw, clips)
     ingest.run(data.raw, data.manifest)
     assert write_tiny_text_encoders(folder) == folder / "text"
     assert write_tiny_vae(folder) == folder / "vae"
