@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 ANSWER_SECONDS = 60.0
-# A driver that does not know a field refuses the whole query: what came with older drivers is asked first, alone.
+# A driver that does not know a field refuses the whole query, so each probe asks its own.
 GPU_FIELDS = ("index", "pci.bus_id", "name", "driver_version", "memory.total", "memory.used")
 ECC_FIELDS = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total")
 ROW_FIELDS = ("gpu_bus_id", "remapped_rows.uncorrectable", "remapped_rows.pending", "remapped_rows.failure")
@@ -28,28 +28,47 @@ _XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
 _MISSING = re.compile(r"\[.*\]|N/A|")
 
 
-def probe(xids: Sequence[int]) -> dict[str, Any]:
-    """Figures of all GPUs of this node; none but their count, 0, where the driver's program is missing.
-
-    Raises:
-        RuntimeError: nvidia-smi failed, hung, or does not know a query.
-    """
-    if shutil.which("nvidia-smi") is None:
+def probe_cards() -> dict[str, Any]:
+    """How many GPUs there are, of which kind, and their driver; 0 where the driver's program is missing."""
+    if not has_driver():
         return {"gpus": 0}
     cards = query("gpu", GPU_FIELDS)
-    figures: dict[str, Any] = {
-        "gpus": len(cards),
-        "gpu_names": sorted({card["name"] for card in cards}),
-        "driver": ", ".join(sorted({card["driver_version"] for card in cards})),
-    }
-    figures["ecc_errors"] = bad_memory(query("gpu", ECC_FIELDS))
+    drivers = sorted({card["driver_version"] for card in cards})
+    return {"gpus": len(cards), "gpu_names": sorted({card["name"] for card in cards}), "driver": ", ".join(drivers)}
+
+
+def probe_memory() -> dict[str, Any]:
+    """Errors of the GPUs' memory, and rows that were replaced."""
     rows = query("remapped-rows", ROW_FIELDS)
-    figures |= {"remapped_rows": max_count(rows, ROW_FIELDS[1]), "row_failures": failed_rows(rows)}
-    figures["slowdowns"] = slowdowns(query("gpu", CLOCK_FIELDS))
-    figures["leftovers"] = leftovers(query("compute-apps", APP_FIELDS))
+    errors = {"ecc_errors": bad_memory(query("gpu", ECC_FIELDS))}
+    return errors | {"remapped_rows": max_count(rows, ROW_FIELDS[1]), "row_failures": failed_rows(rows)}
+
+
+def probe_clocks() -> dict[str, Any]:
+    """GPUs that are slowed down."""
+    return {"slowdowns": slowdowns(query("gpu", CLOCK_FIELDS))}
+
+
+def probe_processes() -> dict[str, Any]:
+    """What runs on the GPUs."""
+    return {"leftovers": leftovers(query("compute-apps", APP_FIELDS))}
+
+
+def probe_links() -> dict[str, Any]:
+    """NVLinks that are up."""
     links = active_links(_run("nvidia-smi", "nvlink", "--status"))
-    figures |= {"nvlinks": min(links.values(), default=0), "nvlinks_by_gpu": links}
-    return figures | {"xids": xid_lines(_kernel_log(), xids)}
+    return {"nvlinks": min(links.values(), default=0), "nvlinks_by_gpu": links}
+
+
+def probe_kernel_log(xids: Sequence[int]) -> dict[str, Any]:
+    """Errors of the driver since the boot, and whether the log could be read."""
+    log = _kernel_log()
+    return {"xids": xid_lines(log, xids), "kernel_log_read": bool(log)}
+
+
+def has_driver() -> bool:
+    """Whether this node has the driver's program."""
+    return shutil.which("nvidia-smi") is not None
 
 
 def query(what: str, fields: Sequence[str]) -> list[dict[str, str]]:

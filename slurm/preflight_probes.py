@@ -147,6 +147,11 @@ def _tell_clock() -> None:
         time.sleep(CLOCK_INTERVAL)
 
 
+def _of_gpus(probe: Callable[[], Figures]) -> Callable[[HostRequest], Figures]:
+    # Of a node without a driver there is nothing to tell but that it has no GPU.
+    return lambda request: probe() if preflight_gpu.has_driver() else {}
+
+
 PROBES: dict[str, Callable[[HostRequest], Figures]] = {
     "versions": probe_versions,
     "memory": probe_memory,
@@ -155,7 +160,12 @@ PROBES: dict[str, Callable[[HostRequest], Figures]] = {
     "local": probe_local_disk,
     "shared": probe_shared_disk,
     "fabric": probe_fabric,
-    "gpus": lambda request: preflight_gpu.probe(request.xids),
+    "gpus": lambda request: preflight_gpu.probe_cards(),
+    "gpu memory": _of_gpus(preflight_gpu.probe_memory),
+    "gpu clocks": _of_gpus(preflight_gpu.probe_clocks),
+    "gpu processes": _of_gpus(preflight_gpu.probe_processes),
+    "nvlink": _of_gpus(preflight_gpu.probe_links),
+    "kernel log": lambda request: preflight_gpu.probe_kernel_log(request.xids) if preflight_gpu.has_driver() else {},
 }
 
 
