@@ -147,13 +147,8 @@ def planned_job(arguments: argparse.Namespace, run_dir: Path, **fields: Any) -> 
     """
     run_dir = run_dir.absolute()
     name = arguments.name or run_dir.name
-    if not _NAME.fullmatch(name):
-        raise UserError(f"--name {name!r}: use letters, digits, and _ . + - after the first")
-    for option in ("nodes", "chain"):
-        if getattr(arguments, option, 1) < 1:
-            raise UserError(f"--{option} {getattr(arguments, option)} must be at least 1")
-    if getattr(arguments, "spares", 0) < 0:
-        raise UserError(f"--spares {arguments.spares} must not be negative")
+    check_options(arguments)
+    _check_name(name)
     values: dict[str, Any] = {
         "name": name,
         "run_dir": run_dir,
@@ -164,6 +159,29 @@ def planned_job(arguments: argparse.Namespace, run_dir: Path, **fields: Any) -> 
         "after": [_dependency(text) for text in arguments.after],
     }
     return Job(**(values | fields))
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse what is wrong with the options alone, before anything slow.
+
+    Raises:
+        UserError: a name, count, time or dependency that cannot be.
+    """
+    if arguments.name is not None:
+        _check_name(arguments.name)
+    for option in ("nodes", "chain"):
+        if getattr(arguments, option, 1) < 1:
+            raise UserError(f"--{option} {getattr(arguments, option)} must be at least 1")
+    if getattr(arguments, "spares", 0) < 0:
+        raise UserError(f"--spares {arguments.spares} must not be negative")
+    read_time(arguments.time)
+    for text in arguments.after:
+        _dependency(text)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: use letters, digits, and _ . + - after the first")
 
 
 def read_time(text: str | None) -> int | None:

@@ -24,7 +24,7 @@ from slurm.job import CONFIG_FILE, Kind
 from slurm.launch import training_options
 from slurm.profile import ClusterProfile
 from slurm.snapshot import source_root
-from slurm.submission import Request, add_submission_options, planned_job, read_profile, submit_or_show
+from slurm.submission import Request, add_submission_options, check_options, planned_job, read_profile, submit_or_show
 
 SCRIPT = "pretrain.sbatch"
 
@@ -145,6 +145,7 @@ def prepare(
     Raises:
         UserError: a configuration that the training refuses.
     """
+    check_options(arguments)
     cwd = cwd or Path.cwd()
     caller = Caller(cwd, code or source_root())
     resolved = resolve(training, arguments.config, arguments.overrides, caller)
