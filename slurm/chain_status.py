@@ -160,7 +160,7 @@ def describe_chain(record: ChainRecord, states: Sequence[StageState]) -> str:
     """For a person: a line a stage, what went wrong, and what can be done."""
     made = f" -> {record.chain.output}" if record.chain.output else ""
     lines = [f"chain {record.chain.name}{made}: {chain_verdict(states)}; submitted {record.time} by {record.user}"]
-    width = max(len(state.name) for state in states) + 2
+    width = max(len("stage"), *(len(state.name) for state in states)) + 2
     lines.append(f"  {'stage':<{width}}{'state':<15}{'done':>11}{'running':>9}{'failed':>8}  jobs")
     for state in states:
         share = f"{state.done}/{state.units}"

@@ -194,7 +194,7 @@ def rivals(chain: Chain) -> list[str]:
         live = [state for state in chain_states(record) if state.live] if same else []
         if live:
             numbers = ", ".join(state.jobs[-1] for state in live)
-            what = chain.output or f"{chain.name} in {run_dir}"
+            what = chain.output or str(record.folder)
             found.append(
                 f"{what}: a chain is at work on it (job {numbers}, submitted {record.time}); follow it with "
                 f"megatron-video slurm status {what}, or end it with megatron-video slurm cancel {what}"

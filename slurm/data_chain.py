@@ -43,9 +43,11 @@ def main(argv: Sequence[str]) -> int:
     profile = read_profile(arguments)
     if arguments.stage == "run":
         steps, work = _recipe(words)
+        _check_source(steps[0]["command"], arguments)
         chain = recipe_chain(steps, work, words, arguments, profile)
     else:
         (step,) = _steps([arguments.stage, *words])
+        _check_source(words, arguments)
         chain = stage_chain(step, words, arguments, profile)
     return submit_chain(Planned(chain), arguments)
 
@@ -132,6 +134,13 @@ def size_of(step: dict[str, Any], arguments: argparse.Namespace, profile: Cluste
 
 def _sized(stage: ChainStage, size: Size, arguments: argparse.Namespace) -> ChainStage:
     return dataclasses.replace(stage, gpus=size.gpus, cpus=size.cpus, memory_gb=size.memory_gb, time=arguments.time)
+
+
+def _check_source(words: Sequence[str], arguments: argparse.Namespace) -> None:
+    source = Path(str(given("--in", words)))
+    # What the job waits for may make it.
+    if not source.exists() and not arguments.after:
+        raise UserError(f"--in {source}: not there; if another job makes it, name that job with --after")
 
 
 def _recipe(words: Sequence[str]) -> tuple[list[dict[str, Any]], Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,3 +63,12 @@ def read_results(folder: Path, units: int) -> dict[int, Result]:
     """The newest results of those units of 0 ... units - 1 that were begun."""
     found = ((unit, read_result(folder, unit)) for unit in range(units))
     return {unit: result for unit, result in found if result is not None}
+
+
+def is_done(options: Mapping[str, Any]) -> bool:
+    """Whether all units of a chain's job (by its job's options) are done; False for other jobs."""
+    if "stage_dir" not in options:
+        return False
+    folder = Path(options["stage_dir"]) / "results"
+    found = [read_result(folder, unit) for task in options["units"] for unit in task]
+    return all(result is not None and result.state == "done" for result in found)

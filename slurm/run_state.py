@@ -19,6 +19,7 @@ from slurm.attempts import Attempt, read_attempts, unfinished_attempts
 from slurm.bad_nodes import read_bad_nodes
 from slurm.job import CONFIG_FILE, DONE, NO_RESTART, STOP, Job, load_job
 from slurm.live_jobs import base_number
+from slurm.results import is_done
 from slurm.run_files import METRICS_FILE, last_step, latest_checkpoint, tail_lines
 from slurm.scheduler import QueuedJob, SlurmAwayError, SlurmError
 from slurm.submitted import read_submitted
@@ -141,6 +142,8 @@ def _over(numbers: Sequence[str], job: Job, queue: Queue) -> tuple[str, str]:
     for name, state in ((DONE, "done"), (NO_RESTART, "no restart"), (STOP, "stopped")):
         if (job.slurm_dir / name).exists() and not (queue.error and name == STOP):
             return state, _read(job.slurm_dir / name)
+    if is_done(job.options):
+        return "done", ""
     if queue.error:
         return "unknown", f"SLURM does not answer: {queue.error}"
     try:
