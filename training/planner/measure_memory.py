@@ -186,7 +186,7 @@ def _where(device: Device) -> str:
 
 
 def _model(size: Size) -> str:
-    return f"4 blocks of width {size.heads * size.head_dim}, samples of {size.bucket}, four micro-batches a replica"
+    return f"4 blocks of width {size.heads * size.head_dim}, samples of {size.bucket}, two micro-batches a replica, four under stages"
 
 
 def _parse(argv: Iterable[str]) -> argparse.Namespace:

@@ -10,7 +10,6 @@ import torch
 
 from megatron_video.buckets import parse_bucket
 from megatron_video.config_io import load_config
-from megatron_video.parallel import ParallelConfig
 from megatron_video.shard_schema import DatasetInfo, ShardSample, shard_name
 from megatron_video.shards import ShardWriter, finish_dataset, write_null_text
 from training.config import PretrainConfig
@@ -111,8 +110,10 @@ LAYOUTS: tuple[MeasuredLayout, ...] = (
 
 
 def run_config(layout: MeasuredLayout, size: Size, folder: Path) -> PretrainConfig:
-    """Two steps of four micro-batches a replica, on the shards in `folder`."""
-    replicas = layout.ranks // _parallel_config(layout).model_parallel_size
+    """Two steps on the shards in `folder`, of two micro-batches a replica, or of four where stages have to fill."""
+    parallel = load_config(PretrainConfig, None, layout.overrides).parallel
+    micro_batches = 2 if parallel.pipeline_model_parallel_size == 1 else 4
+    replicas = layout.ranks // parallel.model_parallel_size
     return load_config(
         PretrainConfig,
         None,
@@ -133,13 +134,9 @@ def run_config(layout: MeasuredLayout, size: Size, folder: Path) -> PretrainConf
             "optimizer.warmup_steps=0",
             *layout.overrides,
             f"data.micro_batch_size={layout.samples}",
-            f"data.global_batch_size={4 * layout.samples * replicas}",
+            f"data.global_batch_size={micro_batches * layout.samples * replicas}",
         ],
     )
-
-
-def _parallel_config(layout: MeasuredLayout) -> ParallelConfig:
-    return load_config(PretrainConfig, None, layout.overrides).parallel
 
 
 def write_shards(folder: Path, size: Size) -> None:
