@@ -186,7 +186,8 @@ def _where(device: Device) -> str:
 
 
 def _model(size: Size) -> str:
-    return f"4 blocks of width {size.heads * size.head_dim}, samples of {size.bucket}, two micro-batches a replica, four under stages"
+    micro_batches = "two micro-batches a replica, or four where there are stages"
+    return f"4 blocks of width {size.heads * size.head_dim}, samples of {size.bucket}, {micro_batches}"
 
 
 def _parse(argv: Iterable[str]) -> argparse.Namespace:
