@@ -15,7 +15,7 @@ from slurm import scheduler
 from slurm.job import DONE, NO_RESTART, STOP, Job
 from slurm.live_jobs import competitors
 from slurm.profile import ClusterProfile
-from slurm.scheduler import Node, Partition, SlurmError
+from slurm.scheduler import Node, Partition, SlurmAwayError, SlurmError
 
 TRAININGS = ("pretrain", "curriculum", "vae", "dpo")
 """Kinds whose run is one thing with an end: DONE, NO_RESTART and STOP in its folder speak for it."""
@@ -64,7 +64,11 @@ class Note(str):
 
 
 def check(plan: Plan, left_out: Sequence[str] = ()) -> Findings:
-    """All checks but those named in `left_out`."""
+    """All checks but those named in `left_out`.
+
+    Raises:
+        SlurmAwayError: SLURM does not answer.
+    """
     found = [finding for name, look in CHECKS.items() if name not in left_out for finding in look(plan)]
     problems = [str(finding) for finding in found if not isinstance(finding, Note)]
     notes = [str(finding) for finding in found if isinstance(finding, Note)]
@@ -80,6 +84,9 @@ def _cluster(plan: Plan) -> Iterator[str]:
         partition = scheduler.partition(_asked(plan.sbatch, "partition"))
         nodes = [node for node in scheduler.nodes() if partition.name in node.partitions]
         left_out = {name for group in plan.profile.slurm.exclude for name in scheduler.expand(group)}
+    except SlurmAwayError:
+        # Nothing else can be asked either.
+        raise
     except SlurmError as error:
         yield f"slurm: {error}"
         return
@@ -159,7 +166,7 @@ def _software(plan: Plan) -> Iterator[str]:
         yield f"software.image={software.image}: {_absence(Path(software.image))}; slurm/container makes one"
     for mount in software.mounts:
         source = Path(mount.split(":")[0])
-        if not source.exists():
+        if not os.path.exists(source):
             yield f"software.mounts={mount}: {source} does not exist"
     if software.modules:
         yield Note(f"software.modules={', '.join(software.modules)}: only the nodes can tell whether they are there")
@@ -176,7 +183,8 @@ def _software(plan: Plan) -> Iterator[str]:
 
 def _folder(plan: Plan) -> Iterator[str]:
     run_dir = plan.job.run_dir
-    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    # Not Path.exists, which raises where a folder on the way cannot be searched.
+    existing = next(path for path in (run_dir, *run_dir.parents) if os.path.exists(path))
     what = f"run folder {run_dir}"
     if not existing.is_dir():
         yield f"{what}: {existing} is no folder; name another"
@@ -271,7 +279,7 @@ def _asked(sbatch: Sequence[str], name: str) -> str | None:
 
 
 def _absence(path: Path) -> str:
-    return "cannot be read" if path.exists() else "does not exist"
+    return "cannot be read" if os.path.exists(path) else "does not exist"
 
 
 def _user() -> str:

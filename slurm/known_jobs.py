@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_video.errors import UserError
 from slurm import scheduler
-from slurm.job import JOB_FILE, SLURM_FOLDER, Job, newest_folder
+from slurm.job import JOB_FILE, SLURM_FOLDER, SUBMITTED_FILE, Job, newest_folder
 from slurm.submitted import read_submitted
 
 KNOWN_FILE = "slurm-jobs.jsonl"
@@ -49,7 +49,7 @@ def known_jobs() -> Iterator[KnownJob]:
         # A line that was cut short, or of another version.
         with contextlib.suppress(ValueError, TypeError):
             known = KnownJob(**json.loads(line))
-            if (Path(known.folder) / JOB_FILE).exists():
+            if (Path(known.folder) / SUBMITTED_FILE).exists():
                 yield known
 
 

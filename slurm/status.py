@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_video.errors import UserError
 from slurm.chain_commands import show_chain
 from slurm.chain_record import find_chain
 from slurm.checks import show_time
@@ -66,7 +67,10 @@ def _recent_folders() -> list[Path]:
     newest: dict[Path, Path] = {}
     for known in known_jobs():
         folder = Path(known.folder)
-        newest.setdefault(load_job(folder)[0].run_dir, folder)
+        try:
+            newest.setdefault(load_job(folder)[0].run_dir, folder)
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
         if len(newest) == _RECENT:
             break
     return list(reversed(newest.values()))

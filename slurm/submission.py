@@ -231,6 +231,8 @@ def _with_time(request: Request, arguments: argparse.Namespace) -> Job:
     named = [word for word in sbatch_options(job, request.profile) if word.startswith("--partition=")]
     try:
         partition = scheduler.partition(named[-1].split("=", 1)[1] if named else None)
+    except scheduler.SlurmAwayError:
+        raise
     except scheduler.SlurmError:
         # The checks tell it, with all else that is wrong.
         return job

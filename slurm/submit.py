@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,11 +84,24 @@ def submit_job(
             record_submission(job, numbers, [*words, batch, str(job.folder)], script, list(options))
     except BaseException:
         # A chain of which a part is queued is no chain.
-        if numbers:
-            scheduler.ask("scancel", *numbers)
+        _take_back(job, numbers)
         shutil.rmtree(job.folder, ignore_errors=True)
         raise
     return numbers[-1]
+
+
+def _take_back(job: Job, numbers: Sequence[str]) -> None:
+    """Cancel what was queued of a submission that failed, also what sbatch had no time to tell the number of."""
+    with contextlib.suppress(scheduler.SlurmError):
+        named = {live.job_id.split("_")[0] for live in scheduler.queued(f"--name={job.name}", "--me", patience=5.0)}
+        mine = {number for number in named if _runs_from(number, job.folder)} | set(numbers)
+        if mine:
+            scheduler.ask("scancel", *sorted(mine))
+
+
+def _runs_from(number: str, folder: Path) -> bool:
+    records = scheduler.job_records(number)
+    return any(record.get("Command", "").startswith(f"{folder}/") for record in records)
 
 
 def sbatch_options(job: Job, profile: ClusterProfile, options: Sequence[str] = ()) -> list[str]:
