@@ -94,7 +94,9 @@ def judge(attempt: Path, run_dir: Path, kind: str, end: StepEnd, before: Marks, 
     """
     fresh = Marks.of_run(run_dir).changed_since(before, STATUS_FILE)
     state = read_status(run_dir).get("state") if fresh else None
-    if end.code == 0 or (kind in _ONE_RUN and state == "finished"):
+    # Of a job with --no-kill srun leaves with 0 when the only node of its step is lost.
+    lost = _LOST_NODE.search(_read(attempt / "srun.log"))
+    if (end.code == 0 and not lost) or (kind in _ONE_RUN and state == "finished"):
         return Verdict("finished", "all ranks have come to their end")
     failure = first_failure(attempt)
     if end.dead_nodes:

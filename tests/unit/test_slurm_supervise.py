@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from slurm.job import Job
 from slurm.launch import Launch, port, srun_command, training_options, write_task_environment
 from slurm.numa import bind_to_gpu, cpus_near, parse_cpus
 from slurm.profile import ClusterProfile, Software
+from slurm.rank import stacks_file
 from slurm.run_files import Marks, checkpoint_steps, has_progressed, latest_checkpoint
 from slurm.step import StepEnd
 from slurm.supervise import left_already
@@ -103,6 +104,14 @@ def test_errors_of_the_machine_name_the_node_at_once(attempt: Path, job: Job) ->
     assert verdict(attempt, job) == ("crashed", ("node2",))
 
 
+def test_a_lost_node_is_no_end_though_srun_left_with_0(attempt: Path, job: Job) -> None:
+    end = replace(FAILED, code=0)
+    assert verdict(attempt, job, end)[0] == "finished"
+    # As srun of SLURM 22.05 did in a job with --no-kill, of which the step's only node lost its power.
+    (attempt / "srun.log").write_text("srun: error: Node failure on node2\n")
+    assert verdict(attempt, job, end) == ("node failed", ("node2",))
+
+
 def test_a_node_that_takes_no_task_is_to_blame(attempt: Path, job: Job) -> None:
     said = "srun: error: Task launch for StepId=1.2 failed on node node2: Communication connection failure\n"
     (attempt / "srun.log").write_text(said)
@@ -119,7 +128,9 @@ def test_the_watchdogs_culprit_by_slurms_name_of_its_node(attempt: Path, job: Jo
 def test_of_a_silent_step_those_that_write_no_stacks_are_to_blame(attempt: Path, job: Job) -> None:
     end = StepEnd(137, 9.0, silent="no sign of life for 5 s")
     assert verdict(attempt, job, end) == ("hung", ())
-    (attempt / "nodes" / "node1.log").write_text("Fatal Python error: Aborted\n")
+    (attempt / "stacks").mkdir()
+    for rank, text in enumerate(("Thread 0x1", "Thread 0x2", "Thread 0x3", "")):
+        stacks_file(attempt, rank).write_text(text)
     assert verdict(attempt, job, end) == ("hung", ("node2",))
 
 
