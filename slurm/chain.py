@@ -30,6 +30,7 @@ import yaml
 from megatron_video.cli import COMMANDS
 from megatron_video.config_io import build_config, config_dataclass, read_values
 from megatron_video.errors import UserError
+from slurm.checks import TRAININGS
 from slurm.job import Kind
 from slurm.scheduler import parse_time
 
@@ -45,7 +46,7 @@ class ChainStage:
     command: list[str]
     """Words of a `megatron-video` command; {task}, {tasks}, {cpus}, {scratch} (on the node) are filled in."""
     kind: Kind = "command"
-    """What it is; trainings (pretrain, curriculum) are restarted and requeued as `slurm submit pretrain` says."""
+    """What it is; trainings (pretrain, curriculum, vae) are restarted and requeued as `slurm submit` does it."""
     nodes: int = 1
     """Nodes of every task."""
     gpus: int = 0
@@ -102,7 +103,7 @@ class ChainStage:
     @property
     def is_training(self) -> bool:
         """Whether it runs under the supervision that restarts trainings."""
-        return self.kind in ("pretrain", "curriculum")
+        return self.kind in TRAININGS
 
     @property
     def seconds(self) -> int | None:

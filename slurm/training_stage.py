@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_video.errors import UserError
 from slurm.profile import ClusterProfile
 from slurm.submission import Request
 from slurm.submit_training import TRAININGS, parse, prepare
@@ -20,13 +21,21 @@ def training_request(stage: ChainStage, name: str, profile: ClusterProfile, reco
     """The job of a training stage; its configuration is resolved and frozen by the training's own command.
 
     Raises:
-        UserError: a configuration that the training refuses.
+        UserError: a kind that `slurm submit` has not, or a configuration that the training refuses.
     """
-    words = [*stage.command[1:], f"--nodes={stage.nodes}", f"--name={name}"]
+    if stage.kind not in TRAININGS:
+        raise UserError(
+            f"stage {stage.name}: kind={stage.kind} is no training of `slurm submit`: {', '.join(TRAININGS)}"
+        )
+    training, words = TRAININGS[stage.kind], stage.command[1:]
+    # `vae train`: the second word belongs to what is called, not to its arguments.
+    own = list(training.module[2:])
+    words = words[len(own) :] if words[: len(own)] == own else words
+    words = [*words, f"--nodes={stage.nodes}", f"--name={name}"]
     words += [f"--time={stage.time}"] if stage.time else []
     # A stage's own weights come from the one before, which is not there yet: its dry run could only say so.
     arguments = parse(stage.kind, [*words, "--no-check=dry-run"])
-    request = prepare(TRAININGS[stage.kind], profile, arguments, cwd=record.cwd)
+    request = prepare(training, profile, arguments, cwd=record.cwd)
     run_dir = (record.cwd / str(stage.run_dir)).absolute()
     job = replace(
         request.job,
