@@ -12,7 +12,7 @@ from megatron_video.files import write_atomically
 from megatron_video.run_lock import run_lock
 from slurm import scheduler
 from slurm.chain_record import ChainRecord
-from slurm.chain_status import StageState, chain_states, chain_verdict, describe_chain, states_as_json
+from slurm.chain_status import HELD, StageState, chain_states, chain_verdict, describe_chain, states_as_json
 from slurm.chain_submit import Submission, units_left
 from slurm.job import PROFILE_FILE, SLURM_FOLDER, STOP
 from slurm.profile import ClusterProfile, load_profile
@@ -20,17 +20,19 @@ from slurm.submit_chain import refuse, tell
 
 _LOCK = ".submit.lock"
 _TAIL_LINES = 20
+_PATIENCE_SECONDS = 10.0
+UNKNOWN_EXIT_CODE = 3
 
 
 def show_chain(record: ChainRecord, as_json: bool) -> int:
-    """Print how a chain stands; 1 if it is over without being done, else 0.
+    """Print how a chain stands; 1 if it is over without being done, 3 if that is not known, else 0.
 
     Raises:
         SlurmError: the queue cannot be read.
     """
-    states = chain_states(record)
+    states = chain_states(record, patience=_PATIENCE_SECONDS)
     print(json.dumps(states_as_json(record, states), indent=1) if as_json else describe_chain(record, states))
-    return 1 if chain_verdict(states) in ("failed", "stopped") else 0
+    return {"failed": 1, "stopped": 1, "unknown": UNKNOWN_EXIT_CODE}.get(chain_verdict(states), 0)
 
 
 def resume_chain(record: ChainRecord, arguments: argparse.Namespace) -> int:
@@ -41,8 +43,10 @@ def resume_chain(record: ChainRecord, arguments: argparse.Namespace) -> int:
     """
     with run_lock(record.folder / _LOCK, record.folder):
         states = chain_states(record)
+        _refuse_unknown(states)
         todo = units_left(record, states)
-        if not todo:
+        held = [state.jobs[-1] for state in states if state.live and state.why == HELD]
+        if not todo and not held:
             print(f"chain {record.chain.name}: {chain_verdict(states)}; nothing to submit")
             return 0
         submission = Submission(
@@ -54,6 +58,7 @@ def resume_chain(record: ChainRecord, arguments: argparse.Namespace) -> int:
             resuming=True,
             live={state.name: state.jobs[-1] for state in states if state.live},
             done=frozenset(state.name for state in states if state.state == "done"),
+            held=held,
         )
         requests = submission.requests(todo)
         problems, notes = submission.problems(requests)
@@ -73,7 +78,9 @@ def cancel_chain(record: ChainRecord) -> list[str]:
     Raises:
         SlurmError: SLURM refused, or the controller is away.
     """
-    live = [state for state in chain_states(record) if state.live]
+    states = chain_states(record)
+    _refuse_unknown(states)
+    live = [state for state in states if state.live]
     trainings = [state for state in live if record.chain.stage(state.name).is_training and state.state == "running"]
     for state in trainings:
         # It saves and leaves; nothing starts it again but `resume`.
@@ -113,6 +120,11 @@ def profile_of(record: ChainRecord, source: str | None, overrides: Sequence[str]
         UserError: it is not usable.
     """
     return load_profile(source or _newest_folder(record) / PROFILE_FILE, overrides)
+
+
+def _refuse_unknown(states: Sequence[StageState]) -> None:
+    if any(state.state == "unknown" for state in states):
+        raise UserError("SLURM does not answer, so nobody knows what is in the queue; try again when it does")
 
 
 def _newest_folder(record: ChainRecord) -> Path:

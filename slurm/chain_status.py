@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from slurm import scheduler
@@ -14,7 +14,8 @@ from slurm.live_jobs import base_number
 from slurm.results import read_results
 from slurm.scheduler import QueuedJob
 
-State = Literal["done", "running", "waiting", "failed", "stopped", "cancelled", "not submitted"]
+State = Literal["done", "running", "waiting", "failed", "stopped", "cancelled", "not submitted", "unknown"]
+HELD = "JobHeldUser"
 _MESSAGES_SHOWN = 5
 
 
@@ -49,24 +50,30 @@ class StageState:
 
 
 def chain_states(record: ChainRecord, patience: float = 60.0) -> list[StageState]:
-    """All stages of a chain.
+    """All stages of a chain; what is not done is `unknown` while the controller is away.
 
     Raises:
         SlurmError: the queue cannot be read.
     """
-    numbers = record.numbers()
-    live = scheduler.queued(f"--jobs={','.join(numbers)}", patience=patience) if numbers else []
+    numbers, away = record.numbers(), False
+    try:
+        live = scheduler.queued(f"--jobs={','.join(numbers)}", patience=patience) if numbers else []
+    except scheduler.SlurmAwayError:
+        live, away = [], True
     states: list[StageState] = []
     for stage in record.chain.stages:
         newest = record.newest(stage.name)
         mine = [job for job in live if newest is not None and base_number(job.job_id) == newest.number]
         states.append(_training(record, stage, mine) if stage.is_training else _stage(record, stage, mine, states))
-    return states
+    if not away:
+        return states
+    why = "SLURM does not answer"
+    return [state if state.state == "done" else replace(state, state="unknown", why=why) for state in states]
 
 
 def chain_verdict(states: Sequence[StageState]) -> str:
     """One word for the whole chain."""
-    for state in ("running", "waiting"):
+    for state in ("unknown", "running", "waiting"):
         if any(stage.state == state for stage in states):
             return state
     if all(stage.state == "done" for stage in states):

@@ -49,6 +49,8 @@ class Submission:
     """Stages that are in the queue, and their numbers."""
     done: frozenset[str] = frozenset()
     """Stages of which nothing is left."""
+    held: Sequence[str] = ()
+    """Jobs that a submission which was killed left held."""
 
     def requests(self, todo: Sequence[tuple[ChainStage, list[int]]]) -> list[Request]:
         """The jobs of some stages with the units they shall do; nothing is written yet."""
@@ -97,6 +99,7 @@ class Submission:
                 profile=self.profile,
                 sbatch=sbatch_options(request.job, self.profile, request.options),
                 script=source_root() / "slurm" / request.script,
+                warned=request.warned,
                 local_run_folder=self.local_run_folder,
                 resuming=self.resuming,
             )
@@ -139,7 +142,8 @@ class Submission:
                 self.record.jobs.setdefault(stage.name, []).append(JobOfStage(number, str(job.folder), units))
                 self.record.save()
                 remember(job, [number])
-            scheduler.ask("scontrol", "release", *roots)
+            if roots or self.held:
+                scheduler.ask("scontrol", "release", *roots, *self.held)
         except BaseException:
             self._undo([number for name, number in numbers.items() if name not in self.live], folders, before)
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from slurm.chain import Chain, ChainStage, safe_name
 from slurm.chain_record import chains_of
 from slurm.profile import ClusterProfile
 from slurm.run_files import COMPLETE_FILE, latest_checkpoint
+from slurm.scheduler import SlurmAwayError
 from slurm.submission import read_profile
 from slurm.submit_chain import Planned, chain_parser, read_options, submit_chain
 
@@ -38,8 +40,13 @@ def main(argv: Sequence[str]) -> int:
             Planned(evaluation_chain(_step_of(arguments.checkpoint), words, arguments, profile)), arguments
         )
     while True:
-        for step in _new_steps(arguments):
-            submit_chain(Planned(evaluation_chain(step, words, arguments, profile)), arguments)
+        try:
+            for step in _new_steps(arguments):
+                submit_chain(Planned(evaluation_chain(step, words, arguments, profile)), arguments)
+        except SlurmAwayError as error:
+            if arguments.once:
+                raise
+            print(f"tried again in {arguments.interval:g} s: {error}", file=sys.stderr, flush=True)
         if arguments.once or arguments.dry_run or _is_finished(arguments.watch):
             return 0
         time.sleep(arguments.interval)

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     resolved = resolve(training, arguments.config, arguments.overrides, _here())
     root = Path(training.output(resolved)).absolute()
     stages = _ahead(resolved, root, arguments.through)
-    nodes = {name: int(count) for name, count in _by_stage("--nodes", arguments.nodes, stages).items()}
+    nodes = {name: int(count) for name, count in _by_stage("--nodes", arguments.stage_nodes, stages).items()}
     times = _by_stage("--time", arguments.time, stages)
     for time in times.values():
         read_time(time)
@@ -129,7 +129,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument_group("curriculum").add_argument
     add("--config", required=True, help="a YAML file or a preset of the curriculum")
-    add("--nodes", default="1", metavar="N|STAGE=N,...", help="of all stages, and of single ones (default: 1)")
+    add(
+        "--nodes",
+        dest="stage_nodes",
+        default="1",
+        metavar="N|STAGE=N,...",
+        help="of all stages, and of single ones (default: 1)",
+    )
     add("--through", metavar="STAGE", help="the last one to submit")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="of the curriculum")
     return parser.parse_intermixed_args(argv)

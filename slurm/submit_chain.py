@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_video.errors import FULL_DISK, UserError
-from slurm.chain import Chain, load_chain
+from slurm.chain import Chain, load_chain, safe_name
 from slurm.chain_record import ChainRecord, new_record
 from slurm.chain_submit import Submission, all_units, rivals
 from slurm.job import SLURM_FOLDER
-from slurm.submission import Request, add_submission_options, planned_job, read_profile
+from slurm.submission import Request, add_submission_options, check_options, planned_job, read_profile
 from slurm.submit import sbatch_options
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     chain = load_chain(arguments.file)
     if arguments.name:
-        chain = dataclasses.replace(chain, name=arguments.name)
+        chain = dataclasses.replace(chain, name=safe_name(arguments.name))
     return submit_chain(Planned(chain), arguments)
 
 
@@ -70,7 +70,7 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[
         UserError: --name, --time or --after that cannot be.
     """
     arguments, words = parser.parse_known_args(argv)
-    planned_job(arguments, Path.cwd(), kind="command", command=[])
+    check_options(arguments)
     return arguments, words
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from slurm import chain_submit
 from slurm.chain_record import ChainRecord, find_chain
 from slurm.chain_status import StageState, chain_states
 from slurm.command import main as slurm_command
+from slurm.job import Job
 from slurm.results import Result, read_results
 from slurm.scheduler import queued
 
@@ -117,3 +120,30 @@ def test_a_chain_of_which_one_job_is_refused_leaves_nothing(cluster: Cluster, tm
     assert submit(tmp_path, profile, stages, "--no-check=cluster") == 2
     assert not [job for job in queued() if job.name.startswith("four-") and job.state != "COMPLETING"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_submission_that_is_killed_has_started_nothing_and_resume_completes_it(
+    cluster: Cluster, tmp_path: Path, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = measured(tmp_path / "good")
+    stages = [table(good, name=name) for name in ("first", "second", "third")]
+    child = os.fork()
+    if child == 0:
+        submitted: list[str] = []
+
+        def killed(job: Job, numbers: list[str]) -> None:
+            submitted.extend(numbers)
+            if len(submitted) == 2:
+                os._exit(9)
+
+        monkeypatch.setattr(chain_submit, "remember", killed)
+        submit(tmp_path, profile, stages)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    time.sleep(3)
+    states = chain_states(record_of(tmp_path))
+    assert [(state.state, state.why) for state in states[:2]] == [("waiting", "JobHeldUser"), ("waiting", "Dependency")]
+    assert states[2].state == "not submitted"
+    assert run_command(slurm_command, ["resume", str(tmp_path / "run")]) == 0
+    assert [state.state for state in ended(cluster, tmp_path).values()] == ["done"] * 3
+    assert [len(jobs) for jobs in record_of(tmp_path).jobs.values()] == [1, 1, 1]
