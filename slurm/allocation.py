@@ -6,6 +6,7 @@ A controller that is away answers nothing; a job that is well goes on without it
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,17 @@ class Allocation:
         if state != "RUNNING":
             return f"SLURM has the job as {state or 'unknown'}"
         self._await_steps()
+        # SLURM ends all processes of the job from then on, a scontrol that is still to tell it something too.
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        refused = self._requeue()
+        if refused is None:
+            # A job can be told which nodes to avoid only while it waits; this one does, from here on.
+            exclude_nodes([self.job_id], exclude)
+        else:
+            signal.signal(signal.SIGTERM, before)
+        return refused
+
+    def _requeue(self) -> str | None:
         try:
             ask("scontrol", "requeue", self.job_id, patience=PATIENCE_SECONDS)
         except SlurmAwayError as error:
@@ -94,8 +106,6 @@ class Allocation:
             return str(error) if self.job_state() == "RUNNING" else None
         except SlurmError as error:
             return str(error)
-        # A job can be told which nodes to avoid only while it waits; this one does, from here on.
-        exclude_nodes([self.job_id], exclude)
         return None
 
     def steps(self) -> dict[str, str]:

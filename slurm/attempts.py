@@ -8,6 +8,7 @@ attempts/<job id>.<restart>.<start>/ of the job's folder holds
     nodes/NODE.log        output of the node's tasks; NODE.json: its ranks, packages; NODE.nvidia-smi.txt
     ranks/                with torchrun, the output of every rank apart
     failures/             exit code and error of every rank that failed
+    stacks/               of every rank, when the start was ended because nothing moved
     preflight/            what the nodes' checks found
 """
 

@@ -116,7 +116,7 @@ def _defaults(job: Job, profile: ClusterProfile, launch: Launch) -> dict[str, st
     values = {
         # The CPUs of a rank are also those of its loader processes.
         "OMP_NUM_THREADS": str(max(1, min(8, cpus // 2))),
-        # A hung rank that is ended from outside leaves its stacks in its log.
+        # Stacks in the log of a rank that a signal ends.
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
         # SIGTERM to torchrun: its ranks get so long to save before it kills them (SLURM's own KillWait comes on top).

@@ -6,11 +6,13 @@ container, on whatever Python that has: nothing but the standard library is impo
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.metadata
 import json
 import os
 import platform
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ from pathlib import Path
 from slurm.numa import bind_to_gpu
 
 FAILURES_FOLDER, NODES_FOLDER = "failures", "nodes"
+STACKS_SIGNAL = signal.SIGURG
+"""Asks for stacks. Whoever has no handler for it, such as torchrun's agent, passes it over."""
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "numpy", "nvidia-nccl-cu12")
 
 
@@ -33,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     cpus = bind_to_gpu(local_rank)
     if local_rank == 0:
         _record_node(Path(attempt), rank, cpus)
+    stacks = _write_stacks_when_asked(Path(attempt), rank)
     code: int | str | None = 1
     error = ""
     try:
@@ -45,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
         error = f"{type(problem).__name__}: {problem}"
         raise
     finally:
+        if stacks is not None and not stacks.stat().st_size:
+            stacks.unlink()
         if code not in (0, None):
             _record_failure(Path(attempt), rank, code, error)
 
@@ -56,6 +63,26 @@ def _run(command: Sequence[str]) -> None:
     else:
         sys.argv = list(command)
         runpy.run_path(command[0], run_name="__main__")
+
+
+def _write_stacks_when_asked(attempt: Path, rank: int) -> Path | None:
+    """Answer STACKS_SIGNAL with the stacks of all threads, also while Python's own loop is stuck; the file."""
+    path = stacks_file(attempt, rank)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Open for as long as the process lives.
+        faulthandler.register(STACKS_SIGNAL, file=path.open("w"), all_threads=True)
+    except OSError as problem:
+        print(f"slurm.rank: {path}: {problem}", file=sys.stderr)
+        return None
+    # Loader processes inherit it, and would answer for a rank that cannot.
+    os.register_at_fork(after_in_child=lambda: faulthandler.unregister(STACKS_SIGNAL))
+    return path
+
+
+def stacks_file(attempt: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it is asked to."""
+    return attempt / "stacks" / f"rank_{rank:05d}.txt"
 
 
 def _record_node(attempt: Path, rank: int, cpus: Sequence[int]) -> None:

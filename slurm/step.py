@@ -5,7 +5,6 @@ Signals go to the ranks through srun, which needs no controller: USR1 (save and 
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from slurm.allocation import Allocation, is_dead, say
 from slurm.job import STOP
 from slurm.profile import Heartbeat
-from slurm.rank import NODES_FOLDER
+from slurm.rank import NODES_FOLDER, STACKS_SIGNAL
 from slurm.run_files import METRICS_FILE, Marks
 from slurm.scheduler import SlurmError, ask
 
@@ -29,7 +28,7 @@ _WARN_EVERY_SECONDS = 10.0
 _STATES_EVERY_SECONDS = 15.0
 # srun ends a step that is told to within KillWait (30 s by default) and a little more.
 _KILL_SECONDS = 60.0
-_STACKS_SECONDS = 10.0
+_STACKS_SECONDS = 5.0
 
 
 class StopRequest:
@@ -182,10 +181,9 @@ class Step:
                 continue
 
     def _ask_for_stacks(self, allocation: Allocation) -> None:
-        """Let every process write its stacks; Python's faulthandler answers even where the loop is stuck."""
-        self._signal_step(allocation, "ABRT")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._srun.wait(_STACKS_SECONDS)
+        """Let every rank write its stacks; those that are stopped, or whose node is, do not."""
+        self._signal_step(allocation, STACKS_SIGNAL.name.removeprefix("SIG"))
+        time.sleep(_STACKS_SECONDS)
 
     def _signal_step(self, allocation: Allocation, name: str) -> None:
         """Send a signal to every process of the step, by the controller."""

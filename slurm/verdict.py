@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from slurm.rank import FAILURES_FOLDER, NODES_FOLDER
+from slurm.rank import FAILURES_FOLDER, NODES_FOLDER, stacks_file
 from slurm.run_files import STATUS_FILE, Marks, new_events, read_status
 from slurm.step import StepEnd
 
@@ -41,7 +41,7 @@ FINAL: tuple[Name, ...] = ("bad input", "diverged")
 
 _BAD_INPUT, _DIVERGED, _HUNG, _SAVED = 2, 3, 75, (143, 130)
 # Trainings whose status.json tells the state of the whole job and not of a stage.
-_ONE_RUN = ("pretrain", "vae", "dpo")
+_ONE_RUN = ("pretrain", "vae")
 # By srun: a node that a task could not be started on, and the first task that failed.
 _NOT_LAUNCHED = re.compile(r"Task launch for StepId=\S+ failed on node (\S+?): (.+)")
 _TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.+)")
@@ -160,9 +160,14 @@ def _hang(attempt: Path, hangs: Sequence[dict[str, Any]]) -> Verdict:
 
 def _without_stacks(attempt: Path) -> tuple[str, ...]:
     """Nodes of ranks that did not even write their stacks when they were asked to, unless that is all of them."""
-    wrote = {log.stem: "Fatal Python error: Aborted" in _read(log) for log in _node_logs(attempt)}
-    silent = tuple(node for node, did in wrote.items() if not did)
-    return silent if len(silent) < len(wrote) else ()
+    nodes = [json.loads(_read(path)) for path in sorted((attempt / NODES_FOLDER).glob("*.json"))]
+    silent = [node["node"] for node in nodes if not all(_read(stacks_file(attempt, rank)) for rank in _ranks(node))]
+    return tuple(silent) if len(silent) < len(nodes) else ()
+
+
+def _ranks(node: dict[str, Any]) -> range:
+    first, last = node["ranks"]
+    return range(first, last + 1)
 
 
 def _why_stopped(run_dir: Path, end: StepEnd, began: float, failure: Failure | None = None) -> str:
