@@ -1,7 +1,8 @@
 """Writes docs/slurm/transcript.md: commands typed on a real SLURM of three nodes, and what they printed.
 
-    NODES=3 tests/slurm/lab/box.sh .venv/bin/python tests/slurm/transcript.py docs/slurm/transcript.md
+    NODES=3 tests/slurm/lab/box.sh .venv/bin/python tests/slurm/transcript.py docs/slurm/transcript.md [SCENE ...]
 
+Scenes that are named are played alone, each time on a new cluster; all but the first are added to what the file has.
 Nothing is edited but the name of the temporary folder, which becomes ~, and long outputs, whose cuts are marked.
 """
 
@@ -65,8 +66,9 @@ of more than {longest} lines are cut where "[... lines]" stands; `~` is the fold
 class Transcript:
     """Runs commands as a user would, in one folder, and keeps what was said."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, before: str | None = None) -> None:
+        """`before`: what the document has already, if this adds to it."""
+        self.folder, self._before = folder, before
         self.parts: list[str] = []
         paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
         self._environment = {**os.environ, "PATH": ":".join(paths), "XDG_STATE_HOME": str(folder / ".state")}
@@ -96,7 +98,7 @@ class Transcript:
         print(f"$ {command}\n" + "\n".join(lines), flush=True)
         return result.stdout
 
-    def wait(self, what: Callable[[], bool], seconds: float = 400.0) -> None:
+    def wait(self, what: Callable[[], bool], seconds: float = 240.0) -> None:
         """Until something has come about; after `seconds` the transcript goes on all the same, and shows it."""
         deadline = time.monotonic() + seconds
         while not what() and time.monotonic() < deadline:
@@ -125,7 +127,8 @@ class Transcript:
         date, cores = time.strftime("%Y-%m-%d"), os.cpu_count()
         head = HEAD.format(date=date, slurm=slurm, cores=cores, longest=LONGEST)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + "".join(self.parts), encoding="utf-8")
+        before = self._before if self._before is not None else head
+        path.write_text(before + "".join(self.parts), encoding="utf-8")
 
     def _run(self, command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -262,8 +265,9 @@ SCENES = (refusals, refused_node, requeued, failing_shard, by_hand)
 def main(argv: Sequence[str]) -> int:
     """Play all scenes, or those that are named behind the file, and write them."""
     path, names = Path(argv[0]), set(argv[1:])
+    before = path.read_text() if path.exists() and names and SCENES[0].__name__ not in names else None
     with tempfile.TemporaryDirectory(prefix="transcript-", dir="/tmp") as folder:
-        shell = Transcript(Path(folder))
+        shell = Transcript(Path(folder), before)
         make_inputs(shell.folder)
         for scene in SCENES:
             if not names or scene.__name__ in names:
