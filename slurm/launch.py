@@ -15,8 +15,9 @@ from slurm.profile import ClusterProfile
 from slurm.scheduler import compress
 
 TASK_ENVIRONMENT, TASK_SCRIPT, NODES_FOLDER = "task.env", "training_task.sh", "nodes"
-# srun ends the tasks that are left so long after the first one has ended.
-_WAIT_SECONDS = 60
+# srun ends the tasks that are left so long after the first one has ended: as long as torchrun's agents wait for each
+# other, as the first rank may have pictures or an evaluation to finish when the others have left.
+_WAIT_SECONDS = 300
 # Below the ports that Linux hands out by itself.
 _FIRST_PORT, _PORTS = 15000, 15000
 # Options of the batch job that srun would take for its own, and that mean something else for its tasks.

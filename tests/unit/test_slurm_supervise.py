@@ -254,7 +254,7 @@ def test_the_step_enters_the_container(job: Job, launch: Launch, container: str)
     profile = ClusterProfile(software=Software(container=container, image="/images/mv.sqsh", mounts=["/data:/data:ro"]))
     words = srun_command(job, profile, launch)
     script = words.index("bash")
-    assert {"--kill-on-bad-exit=1", "--wait=60", "--ntasks=2", "--nodelist=node1,node3"} <= {*words}
+    assert {"--kill-on-bad-exit=1", "--wait=300", "--ntasks=2", "--nodelist=node1,node3"} <= {*words}
     if container == "pyxis":
         assert f"--container-mounts={job.run_dir}:{job.run_dir},{job.cwd}:{job.cwd},/data:/data:ro" in words
     else:
