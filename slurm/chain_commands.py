@@ -22,6 +22,7 @@ _LOCK = ".submit.lock"
 _TAIL_LINES = 20
 _PATIENCE_SECONDS = 10.0
 UNKNOWN_EXIT_CODE = 3
+_BEGUN = ("running", "stopped", "done")
 
 
 def show_chain(record: ChainRecord, as_json: bool) -> int:
@@ -31,7 +32,10 @@ def show_chain(record: ChainRecord, as_json: bool) -> int:
         SlurmError: the queue cannot be read.
     """
     states = chain_states(record, patience=_PATIENCE_SECONDS)
-    print(json.dumps(states_as_json(record, states), indent=1) if as_json else describe_chain(record, states))
+    if as_json:
+        print(json.dumps(states_as_json(record, states), indent=1))
+    else:
+        print("\n".join([describe_chain(record, states), *_progress_of_trainings(record, states)]))
     return {"failed": 1, "stopped": 1, "unknown": UNKNOWN_EXIT_CODE}.get(chain_verdict(states), 0)
 
 
@@ -120,6 +124,20 @@ def profile_of(record: ChainRecord, source: str | None, overrides: Sequence[str]
         UserError: it is not usable.
     """
     return load_profile(source or _newest_folder(record) / PROFILE_FILE, overrides)
+
+
+def _progress_of_trainings(record: ChainRecord, states: Sequence[StageState]) -> list[str]:
+    """The table of `slurm status` for the stages that are trainings and have begun."""
+    # That module asks this one first whether a chain is meant.
+    from slurm.run_state import Queue, job_numbers, run_state
+    from slurm.status import describe
+
+    begun = [state for state in states if record.chain.stage(state.name).is_training and state.state in _BEGUN]
+    folders = [Path(newest.folder) for state in begun if (newest := record.newest(state.name)) is not None]
+    if not folders:
+        return []
+    queue = Queue.read(job_numbers(folders), _PATIENCE_SECONDS)
+    return ["", describe([run_state(folder, queue) for folder in folders])]
 
 
 def _refuse_unknown(states: Sequence[StageState]) -> None:
