@@ -6,6 +6,8 @@ import csv
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(folder: Path, name: str) -> list[str]:
     return [*SETTINGS, f"run.output_dir={folder / name}", f"data.shards=[{folder / 'shards'}]"]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run hides the GPUs from its process, which here is that of all tests."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
@@ -256,3 +264,19 @@ def test_curriculum(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(problem.startswith("stage 'two': ") for problem in found["problems"]), found["problems"]
     code = run_command(curriculum.main, ["--config", str(path), "--through", "one", "--dry-run", "--json"])
     assert code == 0
+
+
+@pytest.mark.heavy
+def test_30b_on_3000_gpus_takes_less_than_a_minute() -> None:
+    command = ["pretrain", "--config", "step_video_30b_t2vi_540_s1", "--dry-run", "--cluster", "h800_step_video"]
+    skipped = ["--skip", "data,checkpoint,disk", "--json"]
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_video", *command, *skipped], stdout=subprocess.PIPE, check=True
+    )
+    found = json.loads(result.stdout)
+    assert found["ok"]
+    assert sum(row["ranks"] for row in found["stages"][0]["ranks_by_stage"]) == 3000
+    # Of one core, imports included: how long it takes by the clock depends on what else runs.
+    assert found["cpu_seconds"] < 60
+    # The model of a rank alone would take 7 GiB.
+    assert found["peak_rss_mib"] < 2048

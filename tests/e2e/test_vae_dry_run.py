@@ -23,6 +23,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run hides the GPUs from its process, which here is that of all tests."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture
 def dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> DryRun:
     """(exit code, JSON) of a dry run with further words."""

@@ -27,7 +27,7 @@ def dry_run_pretrain(arguments: argparse.Namespace, preset_dir: Path = PRESET_DI
     """
     if is_follower():
         return 0
-    quiet()
+    prepare_process()
     findings = Findings()
     report = Report("pretrain", Request.of(arguments, findings), [findings])
     config: PretrainConfig | None = None
@@ -44,8 +44,12 @@ def is_follower() -> bool:
     return int(os.environ.get("RANK", "0")) > 0
 
 
-def quiet() -> None:
-    """Advice on speed and on optional packages is for those who train here."""
+def prepare_process() -> None:
+    """To be called before anything asks for a GPU: none is used, and on all machines the same code runs.
+
+    Advice on speed and on optional packages is for those who train here, and is not shown.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", module="megatron")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 

@@ -10,7 +10,7 @@ from megatron_video.layout import Hardware
 from training.curriculum import Progress, check_one_launch, read_record, up_to
 from training.curriculum_config import CURRICULUM_PRESET_DIR, CurriculumConfig, Stage, resolve_stages
 from training.dry_run import check_data
-from training.dry_run.command import is_follower, quiet, shared_views
+from training.dry_run.command import is_follower, prepare_process, shared_views
 from training.dry_run.findings import Findings
 from training.dry_run.report import Report
 from training.dry_run.request import Request
@@ -25,7 +25,7 @@ def dry_run_curriculum(arguments: argparse.Namespace) -> int:
     """
     if is_follower():
         return 0
-    quiet()
+    prepare_process()
     findings = Findings()
     report = Report("curriculum", Request.of(arguments, findings), [findings])
     ahead: list[Stage] | None = None

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_video.errors import BAD_INPUT_EXIT_CODE
+from megatron_video.errors import BAD_INPUT_EXIT_CODE, UserError
 from training.dry_run.findings import Findings
 from training.dry_run.job_views import AXES, layers_text, span
 from training.dry_run.request import Request
@@ -110,13 +110,16 @@ class Report:
 
         Returns:
             The exit code: 0, or 2 if the job could not run.
+
+        Raises:
+            UserError: the file of all ranks cannot be written.
         """
-        if self.request is not None and self.request.ranks_file is not None:
-            write_ranks(self.stages, self.request.ranks_file)
         print(json.dumps(self.values(), indent=1) if as_json else self.text(), flush=True)
         # Who reads JSON may still show its user what the command itself says.
         for problem in self.problems if as_json else ():
             print(f"error: {problem}", file=sys.stderr)
+        if self.request is not None and self.request.ranks_file is not None:
+            write_ranks(self.stages, self.request.ranks_file)
         return BAD_INPUT_EXIT_CODE if self.problems else 0
 
     def _head(self) -> str:
@@ -155,16 +158,19 @@ def stage_text(stage: StageReport) -> str:
 
 
 def write_ranks(stages: Sequence[StageReport], path: Path) -> None:
-    """Every rank's place, groups, layers and sizes, one line each."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        first = True
-        for stage in stages:
-            for row in rank_lines(stage):
-                if first:
-                    writer.writerow(row)
-                first = False
-                writer.writerow(row.values())
+    """Every rank's place, groups, layers and sizes, one line each.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows = [row for stage in stages for row in rank_lines(stage)]
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"--ranks {path} cannot be written: {error.strerror}") from None
 
 
 def rank_lines(stage: StageReport) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from megatron_video.config_io import config_to_dict, load_config
 from training.discriminator import PatchDiscriminator
 from training.dry_run import check_data, check_disk
 from training.dry_run.check_disk import DiskNeed
-from training.dry_run.command import is_follower, quiet
+from training.dry_run.command import is_follower, prepare_process
 from training.dry_run.findings import Findings
 from training.dry_run.report import Report
 from training.dry_run.request import Request
@@ -88,7 +88,7 @@ def dry_run_vae(arguments: argparse.Namespace) -> int:
     """
     if is_follower():
         return 0
-    quiet()
+    prepare_process()
     findings = Findings()
     report = Report("vae train", Request.of(arguments, findings), [findings])
     config: VAETrainConfig | None = None
