@@ -125,7 +125,7 @@ def page(rows: Sequence[dict[str, Any]], left_out: Sequence[MeasuredLayout], dev
         *([_LEFT] if device == "cpu" else []),
     ]
     if left_out:
-        parts.append("Not measured, for want of GPUs: " + ", ".join(layout.name for layout in left_out) + ".")
+        parts.append("Not measured: " + ", ".join(f"{layout.name} {layout.precision}" for layout in left_out) + ".")
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,24 +134,26 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     device: Device = arguments.device or default_device()
     layouts = _chosen(arguments.only)
+    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
+        raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.absolute().parent}; make it first")
     most = torch.cuda.device_count() if device == "cuda" else max(layout.ranks for layout in layouts)
-    rows, ranks = [], []
+    rows, ranks, left = [], [], list(layouts)
     for layout in (layout for layout in layouts if layout.ranks <= most):
         compared = measure_layout(layout, device)
+        left.remove(layout)
         rows.append(row_of(layout, compared))
         ranks.append({"layout": layout.name, "type": layout.precision, "ranks": [_values(one) for one in compared]})
         print(f"{layout.name} {layout.precision}: {rows[-1]['residual']:+.2f} %", file=sys.stderr, flush=True)
+        # After every layout: minutes of work are not lost to the one that fails.
+        if arguments.out is not None:
+            _write(arguments.out, page(rows, left, device, arguments.out), {"device": _where(device), "layouts": ranks})
     if not rows:
         raise UserError(f"none of the chosen layouts runs on {most} GPUs; choose others with --only, or --device cpu")
-    left_out = [layout for layout in layouts if layout.ranks > most]
-    if arguments.out is not None:
-        _write(arguments.out, page(rows, left_out, device, arguments.out), {"device": _where(device), "layouts": ranks})
     print(json.dumps(ranks, indent=1) if arguments.json else table_of(rows).text())
     return 0 if all(abs(row["residual"]) <= TOLERANCE_PERCENT for row in rows) else 1
 
 
 def _write(out: Path, text: str, values: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text.encode())
     write_atomically(out.with_suffix(".json"), json.dumps(values, indent=1).encode())
 

@@ -33,7 +33,7 @@ class Size:
 
 
 SIZES: dict[Device, Size] = {
-    "cpu": Size("34x192x256", 4, 32),
+    "cpu": Size("34x128x256", 4, 32),
     "cuda": Size("68x288x512", 16, 96),
 }
 
@@ -83,8 +83,8 @@ LAYOUTS: tuple[MeasuredLayout, ...] = (
     MeasuredLayout("recompute core_attn + mlp", SELECTIVE),
     MeasuredLayout("recompute all parts", ALL_PARTS, precision="bf16"),
     MeasuredLayout("TP2", TP2, 2),
-    MeasuredLayout("TP2 SP", [*TP2, *SP], 2),
-    MeasuredLayout("TP4 SP", [*TP4, *SP], 4, "bf16"),
+    MeasuredLayout("TP2 SP", [*TP2, *SP], 2, "bf16"),
+    MeasuredLayout("TP4 SP", [*TP4, *SP], 4),
     MeasuredLayout("TP2 SP recompute all", [*TP2, *SP, *FULL], 2, "bf16"),
     MeasuredLayout("CP2 a2a", CP2, 2),
     MeasuredLayout("CP2 all_gather", [*CP2, *GATHER], 2, "bf16"),
