@@ -41,11 +41,11 @@ class TrainingJob:
     def run_dir(self) -> Path:
         return self.job.run_dir
 
-    def wait(self, seconds: float = 240.0) -> str:
+    def wait(self, seconds: float = 900.0) -> str:
         """Wait until the job has left the queue; its last state."""
         return self.cluster.wait(self.number, seconds)[0]
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 240.0) -> None:
+    def wait_for(self, what: Callable[[], bool], seconds: float = 900.0) -> None:
         """Wait for something that the running job does."""
         deadline = time.monotonic() + seconds
         while True:
