@@ -5,9 +5,7 @@ Read by test_submit.py and by write_refusals.py, which makes docs/slurm/refusals
 
 from __future__ import annotations
 
-import getpass
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +25,7 @@ def slurm_command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
     """`megatron-video slurm WORDS` in a folder, with the user's records of jobs kept there too."""
     environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "megatron_video", "slurm", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
 
 
 def pretrain(*words: str) -> list[str]:
@@ -70,13 +68,16 @@ def _verdicts(folder: Path) -> None:
         (folder / "run" / "slurm" / name).write_text(f"{reason}\n")
 
 
-def _live_job(folder: Path) -> None:
-    result = slurm_command(folder, *pretrain(*HELD, "run.output_dir=live", "--no-check", "dry-run"))
-    assert result.returncode == 0, result.stderr
+def _live_job(run: str) -> Callable[[Path], None]:
+    def submit(folder: Path) -> None:
+        result = slurm_command(folder, *pretrain(*HELD, f"run.output_dir={run}", "--no-check", "dry-run"))
+        assert result.returncode == 0, result.stderr
+
+    return submit
 
 
-def _cancel_all(_: Path) -> None:
-    _call("scancel", f"--user={getpass.getuser()}")
+def _cancel(name: str) -> Callable[[Path], None]:
+    return lambda _: _call("scancel", f"--name={name}")
 
 
 def _down_and_read_only(folder: Path) -> None:
@@ -156,15 +157,15 @@ REFUSALS = [
         "a run folder in memory; a second job of one name",
         ["--name", "live", "run.output_dir=/dev/shm/run"],
         ("/dev/shm/run: on tmpfs", "--local-run-folder", "--name live: job ", "is in the queue", "slurm cancel"),
-        before=_live_job,
-        after=_cancel_all,
+        before=_live_job("live"),
+        after=_cancel("live"),
     ),
     Refusal(
         "a second job of one run; a folder that is each node's own",
-        ["--name", "other", "run.output_dir=live", "--set", "shared_folders=[]"],
-        ("/live: job ", "works in it", "/tmp is each node's own", "shared_folders"),
-        before=_live_job,
-        after=_cancel_all,
+        ["--name", "other", "run.output_dir=kept", "--set", "shared_folders=[]"],
+        ("/kept: job ", "works in it", "/tmp is each node's own", "shared_folders"),
+        before=_live_job("kept"),
+        after=_cancel("kept"),
     ),
     Refusal(
         "a run that is finished, that must not be started again, that was asked to stop",
@@ -176,12 +177,11 @@ REFUSALS = [
             "it was asked to stop (cancelled by root)",
         ),
         before=_verdicts,
-        after=lambda folder: shutil.rmtree(folder / "run"),
     ),
     Refusal(
         "ranks that do not match the layout",
-        ["--nodes", "3"],
-        ("dry run on 3 ranks: layout: data.global_batch_size=8", "nearest that work"),
+        ["--nodes", "9"],
+        ("dry run on 9 ranks: layout: data.global_batch_size=8, world_size=9", "nearest that work", "has 3 nodes"),
         dry_run=True,
     ),
 ]
@@ -192,4 +192,11 @@ def make_inputs(folder: Path) -> None:
     from tiny_shards import write_tiny_shards
 
     write_tiny_shards(folder / SHARDS)
+    (folder / "empty.yaml").touch()
+
+
+def own_inputs(inputs: Path, folder: Path) -> None:
+    """A folder that has what `make_inputs` wrote into another."""
+    folder.mkdir()
+    (folder / SHARDS).symlink_to(inputs / SHARDS)
     (folder / "empty.yaml").touch()

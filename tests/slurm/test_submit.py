@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Cluster
-from refusals import HELD, REFUSALS, Refusal, make_inputs, pretrain, slurm_command
+from refusals import HELD, REFUSALS, Refusal, make_inputs, own_inputs, pretrain, slurm_command
 
 from slurm.scheduler import queued
 
@@ -32,7 +32,9 @@ def told(folder: Path, *words: str) -> Any:
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.what.replace(" ", "-"))
-def test_refused_before_submission(cluster: Cluster, folder: Path, refusal: Refusal) -> None:
+def test_refused_before_submission(cluster: Cluster, folder: Path, refusal: Refusal, tmp_path: Path) -> None:
+    inputs, folder = folder, tmp_path / "user"
+    own_inputs(inputs, folder)
     if refusal.before is not None:
         refusal.before(folder)
     before = {job.job_id for job in queued()}

@@ -8,12 +8,13 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "slurm")]
 
-from refusals import REFUSALS, TRAINING, Refusal, make_inputs, slurm_command  # noqa: E402
+from refusals import REFUSALS, TRAINING, Refusal, make_inputs, own_inputs, slurm_command  # noqa: E402
 
 TARGET = ROOT / "docs" / "slurm" / "refusals.md"
 HEAD = """# What `megatron-video slurm submit` refuses
@@ -31,13 +32,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder)
-        parts = [_section(refusal, folder) for refusal in REFUSALS]
+        # Each in a folder of its own, so that none meets what another has made.
+        with ThreadPoolExecutor(len(REFUSALS)) as pool:
+            parts = list(pool.map(lambda refusal: _section(refusal, folder), REFUSALS))
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(HEAD + "\n".join(parts), encoding="utf-8")
     print(f"wrote {TARGET}: {len(parts)} refusals")
 
 
-def _section(refusal: Refusal, folder: Path) -> str:
+def _section(refusal: Refusal, inputs: Path) -> str:
+    folder = inputs / f"user{REFUSALS.index(refusal)}"
+    own_inputs(inputs, folder)
     if refusal.before is not None:
         refusal.before(folder)
     result = slurm_command(folder, *refusal.command())
