@@ -21,8 +21,6 @@ from slurm.profile import ClusterProfile
 FOLDER = "node_scores"
 # 1 / the 75th percentile of a standard normal: makes the median absolute deviation a standard deviation.
 _MAD_TO_SIGMA = 1.4826
-# Deviations below this share of the median are the noise of any measurement, however alike the other nodes are.
-_NOISE = 0.01
 
 Entry = dict[str, Any]
 
@@ -63,20 +61,21 @@ def series(entries: Sequence[Entry], figure: str, last: int) -> list[float]:
     return [entry["figures"][figure] for entry in entries if figure in entry["figures"]][-last:]
 
 
-def robust_z(values: Mapping[str, float], noise: float = 0.0) -> dict[str, float]:
+def robust_z(values: Mapping[str, float], share: float = 0.01, noise: float = 0.0) -> dict[str, float]:
     """How many standard deviations each node lies from the fleet's median, by the median absolute deviation.
 
     One or two bad nodes move neither (Iglewicz and Hoaglin, 1993). Of fewer than three nodes nothing can be said:
     zeros.
 
     Args:
-        noise: a standard deviation that any measurement of this figure has, however alike the nodes are.
+        share: a standard deviation that any measurement has, however alike the nodes are, as a share of the median.
+        noise: the same in the figure's unit.
     """
     if len(values) < 3:
         return dict.fromkeys(values, 0.0)
     middle = median(values.values())
     spread = _MAD_TO_SIGMA * median(abs(value - middle) for value in values.values())
-    unit = max(spread, _NOISE * abs(middle), noise) or 1.0
+    unit = max(spread, share * abs(middle), noise) or 1.0
     return {name: (value - middle) / unit for name, value in values.items()}
 
 

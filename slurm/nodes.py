@@ -21,18 +21,32 @@ from slurm.job import SLURM_FOLDER
 from slurm.profile import load_profile
 from slurm.submission import PROFILE_VARIABLE
 
-# figure -> (column, 1 where more is better and -1 where less is, differences below which mean nothing)
-FIGURES: dict[str, tuple[str, int, float]] = {
-    "gemm_tflops": ("products TFLOP/s", 1, 0.0),
-    "allreduce_gb_s": ("all-reduce GB/s", 1, 0.0),
-    "local_write": ("local write MB/s", 1, 10.0),
-    "local_read": ("local read MB/s", 1, 10.0),
-    "shared_write": ("shared write MB/s", 1, 10.0),
-    "shared_read": ("shared read MB/s", 1, 10.0),
-    "visible_seconds": ("file seen s", -1, 0.2),
-    "skew_seconds": ("clock s", -1, 0.05),
-    "free_memory_gib": ("memory GiB", 1, 1.0),
-    "remapped_rows": ("remapped rows", -1, 0.3),
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure in the ranking."""
+
+    column: str
+    sign: int
+    """1 where more is better, -1 where less is."""
+    share: float = 0.01
+    """Spread of its values on one sound node, as a share of the median: differences below it mean nothing."""
+    noise: float = 0.0
+    """The same in the figure's unit."""
+
+
+FIGURES = {
+    "gemm_tflops": Figure("products TFLOP/s", 1),
+    "allreduce_gb_s": Figure("all-reduce GB/s", 1, 0.02),
+    # Disks are shared, with other jobs at least.
+    "local_write": Figure("local write MB/s", 1, 0.2),
+    "local_read": Figure("local read MB/s", 1, 0.2),
+    "shared_write": Figure("shared write MB/s", 1, 0.2),
+    "shared_read": Figure("shared read MB/s", 1, 0.2),
+    "visible_seconds": Figure("file seen s", -1, noise=0.2),
+    "skew_seconds": Figure("clock s", -1, noise=0.05),
+    "free_memory_gib": Figure("memory GiB", 1, noise=1.0),
+    "remapped_rows": Figure("remapped rows", -1, noise=0.3),
 }
 SLOW = -3.0
 
@@ -86,12 +100,12 @@ def main(argv: Sequence[str]) -> int:
 def rank(history: Mapping[str, Sequence[node_scores.Entry]], last: int) -> list[Standing]:
     """Standings of all nodes, the worst drift first; of equal ones, the more often refused."""
     standings = {name: _standing(name, entries) for name, entries in history.items() if entries}
-    for figure, (_, sign, noise) in FIGURES.items():
+    for figure, known in FIGURES.items():
         values = {name: node_scores.series(history[name], figure, last) for name in standings}
         medians = {name: median(series) for name, series in values.items() if series}
-        for name, z in node_scores.robust_z(medians, noise).items():
+        for name, z in node_scores.robust_z(medians, known.share, known.noise).items():
             series = values[name]
-            standings[name].scores[figure] = Score(medians[name], series[-1], len(series), round(sign * z, 2))
+            standings[name].scores[figure] = Score(medians[name], series[-1], len(series), round(known.sign * z, 2))
     return sorted(standings.values(), key=lambda standing: (standing.drift, -standing.refused, standing.node))
 
 
@@ -127,7 +141,7 @@ def _row(standing: Standing) -> list[str]:
     worst = standing.scores.get(standing.worst or "")
     refused = f"{standing.refused} ({standing.last_refusal})" if standing.refused else "0"
     figures = [
-        FIGURES[standing.worst][0] if standing.worst else "-",
+        FIGURES[standing.worst].column if standing.worst else "-",
         *((f"{worst.median:.4g}", f"{worst.last:.4g}", f"{worst.drift:+.1f}") if worst else ("-", "-", "-")),
     ]
     costly = [_cell(standing.scores.get(figure)) for figure in ("gemm_tflops", "allreduce_gb_s")]
