@@ -192,7 +192,7 @@ class Step:
                 if step == self._attempt.name:
                     ask("scancel", f"--signal={name}", number, patience=10)
         except SlurmError as error:
-            say(f"SIG{name} could not be sent: {error}")
+            say(f"SIG{name} may not have reached all ranks: {error}")
 
 
 class _NodeWatch:
