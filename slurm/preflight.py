@@ -65,7 +65,7 @@ def check_nodes(job: Job, profile: ClusterProfile, nodes: Sequence[str], attempt
     if not profile.preflight.enabled or not nodes:
         return []
     start, steps = time.time(), Steps(job, profile, attempt).within(FOLDER)
-    say(f"{len(nodes)} nodes are checked: {compress(nodes)}")
+    say(f"checking {compress(nodes)}")
     findings = Findings(list(nodes))
     for stage in (ask_hosts, burn_devices, measure_network):
         stage(steps, findings)
@@ -77,7 +77,7 @@ def check_nodes(job: Job, profile: ClusterProfile, nodes: Sequence[str], attempt
         say(f"{finding.name} is bad: {finding.check}: {finding.reason}")
     if profile.preflight.action == "drain":
         drain(bad)
-    say(f"{len(nodes) - len(bad)} of {len(nodes)} nodes are good, after {time.time() - start:.1f} s")
+    say(f"good: {len(nodes) - len(bad)} of {len(nodes)}, after {time.time() - start:.1f} s")
     return bad
 
 
