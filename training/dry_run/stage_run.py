@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_video.errors import UserError
 from megatron_video.layout_rules import refusals
 from training.config import PretrainConfig
 from training.dry_run import check_checkpoint, check_data, check_disk
@@ -163,10 +162,8 @@ def _measure(report: StageReport, data: CheckedData | None) -> None:
     assert views is not None
     first = report.start.step if report.start else 0
     seconds = report.plan.seconds.total if report.plan else None
-    try:
+    with report.findings.check("sizes"):
         report.disk = disk_need(config, views.checkpoint_bytes, first, seconds)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
     with report.findings.check(LAYOUT):
         plan = data.plan if data is not None else plan_without_data(config)
         if plan is not None:
