@@ -135,6 +135,25 @@ def judge(
         parallel: the layout, in place of the configuration's.
         leave_idle: leave GPUs out that make no whole replica.
     """
+    job = lay_out(config, cluster, step, parallel, leave_idle)
+    if isinstance(job, Refusal):
+        return job
+    memory = peak_memory(job)
+    needed, usable = max(stage.total for stage in memory), cluster.usable_bytes
+    if needed > usable:
+        reason = f"needs {needed / GIB:.1f} GiB of a GPU, and {usable / GIB:.1f} GiB are usable"
+        return Refusal(parallel, "out of memory", reason)
+    return Plan(job, memory, step_seconds(job), config.training.steps, cluster.gpus)
+
+
+def lay_out(
+    config: PretrainConfig,
+    cluster: Cluster,
+    step: Mapping[MicroBatch, float],
+    parallel: ParallelConfig,
+    leave_idle: bool = False,
+) -> Job | Refusal:
+    """The same by the table of refusals alone; arguments as of `judge`."""
     gpus = cluster.gpus
     if leave_idle and gpus >= parallel.model_parallel_size:
         cluster = replace(cluster, gpus=gpus - gpus % parallel.model_parallel_size)
@@ -148,7 +167,7 @@ def judge(
             f"groups of {parallel.tensor_model_parallel_size} that NVLink joins"
         )
         return Refusal(parallel, "tensor parallelism over nodes", reason)
-    job = Job(
+    return Job(
         ModelShape.of(config.model),
         parallel,
         cluster,
@@ -158,12 +177,6 @@ def judge(
         ema=config.ema.decay is not None and config.ema.device == "same",
         optimizer_on_host=config.optimizer.cpu_offload,
     )
-    memory = peak_memory(job)
-    needed, usable = max(stage.total for stage in memory), cluster.usable_bytes
-    if needed > usable:
-        reason = f"needs {needed / GIB:.1f} GiB of a GPU, and {usable / GIB:.1f} GiB are usable"
-        return Refusal(parallel, "out of memory", reason)
-    return Plan(job, memory, step_seconds(job), config.training.steps, gpus)
 
 
 def _fp8_share(config: PretrainConfig) -> float:

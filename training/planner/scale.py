@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,16 +14,16 @@ from training.planner.cluster import Cluster
 from training.planner.failures import Recovery
 from training.planner.imbalance import slowest_factors
 from training.planner.mix import step_of
-from training.planner.plan import Plan, describe, judge
+from training.planner.plan import Plan, Refusal, describe, judge
 from training.planner.report import Report, failure_note, jitter_note, optional, percent, storage_note
-from training.planner.search import Search, search
+from training.planner.search import fastest_by_size
 from training.planner.tables import Formats, Table
 
 Mode = Literal["strong", "weak"]
 MODES: tuple[Mode, ...] = ("strong", "weak")
 # Of a step: a part below it limits nothing.
 _NOTABLE = 0.05
-# Layouts whose wait for the slowest replica is looked at.
+# Numbers of GPUs a replica of which the fastest layout's wait for the slowest replica is looked at.
 _CANDIDATES = 6
 _WASTES = {
     "tensor_parallel": "tensor-parallel communication",
@@ -245,8 +246,8 @@ def _point(
         found = judge(config, cluster, step, config.parallel, leave_idle=True)
         plans, refused = ([found], "") if isinstance(found, Plan) else ([], found.kind)
     else:
-        searched = search(config, cluster, step)
-        plans, refused = _candidates(searched), _nearest(searched)
+        plans, refusals = fastest_by_size(config, cluster, step, _CANDIDATES)
+        refused = _nearest(refusals)
     if not plans:
         return ScalePoint(mode, cluster.gpus, batch, None, refused)
     points = [_dealt(config, ScalePoint(mode, cluster.gpus, batch, plan)) for plan in plans]
@@ -264,18 +265,10 @@ def _dealt(config: PretrainConfig, point: ScalePoint) -> ScalePoint:
     return replace(point, loads_factor=loads, slowest_factor=slowest, effective=effective)
 
 
-def _candidates(searched: Search) -> list[Plan]:
-    """The fastest layout for each of the first numbers of replicas: what waits for the slowest depends on that."""
-    by_size: dict[int, Plan] = {}
-    for plan in searched.plans:
-        by_size.setdefault(plan.parallel.model_parallel_size, plan)
-    return list(by_size.values())[:_CANDIDATES]
-
-
-def _nearest(searched: Search) -> str:
-    """Why none works: memory, if any layout got so far."""
-    kinds = [kind for kind, _, _ in searched.refusal_counts()]
-    return "out of memory" if "out of memory" in kinds else kinds[0]
+def _nearest(refusals: Sequence[Refusal]) -> str:
+    """Why none works: memory, if any layout got so far, else what most of them broke."""
+    kinds = Counter(refusal.kind for refusal in refusals)
+    return "out of memory" if "out of memory" in kinds else next((kind for kind, _ in kinds.most_common(1)), "")
 
 
 def _effective(config: PretrainConfig, plan: Plan) -> float:

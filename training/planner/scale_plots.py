@@ -114,12 +114,16 @@ def _curve(speed: Axes, share: Axes, rows: Sequence[dict[str, Any]], mode: str) 
 def _parts(panel: Axes, rows: Sequence[dict[str, Any]], mode: str) -> None:
     names = [f"{row['gpus']:,}" for row in rows]
     below = [0.0] * len(rows)
-    for part in rows[0]["parts"] if rows else ():
+    from matplotlib import colormaps
+
+    # A part has one colour in both panels.
+    colours = colormaps["tab20"]
+    for number, part in enumerate(rows[0]["parts"] if rows else ()):
         # The GPUs left idle are part of every second, not one beside the others.
         shares = [100 * row["parts"][part] / row["step_seconds"] for row in rows]
         if part == "idle_gpus" or max(shares) < 0.5:
             continue
-        panel.bar(names, shares, bottom=below, label=part.replace("_", " "))
+        panel.bar(names, shares, bottom=below, label=part.replace("_", " "), color=colours(number))
         below = [low + share for low, share in zip(below, shares, strict=True)]
     panel.set(title=f"{mode}: what a step consists of", xlabel="GPUs", ylabel="%")
     panel.tick_params(axis="x", labelsize=7, rotation=45)

@@ -10,7 +10,8 @@ from typing import Any
 from megatron_video.parallel import ParallelConfig
 from training.config import PretrainConfig
 from training.planner.cluster import Cluster
-from training.planner.plan import Plan, Refusal, judge
+from training.planner.plan import Plan, Refusal, judge, lay_out
+from training.planner.step_time import step_seconds
 from training.planner.work import MicroBatch
 
 _CONTEXT = (1, 2, 3, 4, 6, 8)
@@ -62,6 +63,36 @@ def search(config: PretrainConfig, cluster: Cluster, step: Mapping[MicroBatch, f
     found = [_fewest_recomputed(config, cluster, step, layout) for layout in layouts(config, cluster)]
     plans = sorted((plan for plan in found if isinstance(plan, Plan)), key=lambda plan: -plan.mfu_percent)
     return Search(plans, [refusal for refusal in found if isinstance(refusal, Refusal)])
+
+
+def fastest_by_size(
+    config: PretrainConfig, cluster: Cluster, step: Mapping[MicroBatch, float], sizes: int
+) -> tuple[list[Plan], list[Refusal]]:
+    """The fastest layout for each of the `sizes` numbers of GPUs a replica that come out fastest, and refusals.
+
+    As by `search`, but layouts that would be slower even if they recomputed nothing are not looked at further.
+    """
+    refusals: list[Refusal] = []
+    promising: list[tuple[float, ParallelConfig]] = []
+    for layout in layouts(config, cluster):
+        job = lay_out(config, cluster, step, recomputing(layout, 0), leave_idle=True)
+        if isinstance(job, Refusal):
+            refusals.append(job)
+        else:
+            promising.append((step_seconds(job).total, layout))
+    best: dict[int, Plan] = {}
+    for least, layout in sorted(promising, key=lambda found: found[0]):
+        size = layout.model_parallel_size
+        if len(best) >= sizes and least >= sorted(plan.seconds.total for plan in best.values())[sizes - 1]:
+            break
+        if size in best and least >= best[size].seconds.total:
+            continue
+        found = _fewest_recomputed(config, cluster, step, layout)
+        if isinstance(found, Refusal):
+            refusals.append(found)
+        elif size not in best or found.seconds.total < best[size].seconds.total:
+            best[size] = found
+    return sorted(best.values(), key=lambda plan: plan.seconds.total)[:sizes], refusals
 
 
 def layouts(config: PretrainConfig, cluster: Cluster) -> Iterator[ParallelConfig]:
