@@ -1,7 +1,7 @@
 """`megatron-video dpo rounds`: the whole loop from one YAML file, round after round, with each round's gain.
 
 Every step is a command of its own that goes on where it was interrupted; so does this one. `commands.log` in the folder
-holds each command as it could be typed.
+holds each command as it could be typed, and what it printed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron_video.errors import UserError
 from megatron_video.files import appearing, write_atomically
 from training.alignment.rounds_config import PRESET_DIR, RoundsConfig
 from training.alignment.win_rate import compare
+from training.demo_process import run_streamed
 from training.sample_prompts import read_prompts, with_seeds
 
 # Exit codes of a training that saved and is to be started again, and of Ctrl-C.
@@ -136,9 +136,7 @@ def _run(command: Command, launcher: Sequence[str], root: Path) -> int:
     start = [*launcher, "-m"] if command.launched and launcher else [sys.executable, "-m"]
     words = [*start, command.module, *command.arguments]
     print(f"== {shlex.join(words)}", flush=True)
-    with (root / "commands.log").open("a", encoding="utf-8") as log:
-        log.write(shlex.join(words) + "\n")
-    code = subprocess.run(words).returncode
+    code = run_streamed(words, root / "commands.log")
     # Samples and pairs have a file that comes last; trainings and scores get a mark.
     if code == 0 and not command.done.exists():
         write_atomically(command.done, b"")

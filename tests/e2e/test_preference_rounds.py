@@ -1,0 +1,98 @@
+"""The whole loop of Video-DPO on tiny models: two rounds from one file, interrupted, gone on, reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+
+from megatron_video.errors import UserError
+from training.alignment import rounds
+from training.checkpoint import read_config
+
+PROMPTS = ["a red circle moves left", "a blue square moves up", "蓝色方块向上移动", "a green circle moves down"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_text_encoders(folder)
+    write_tiny_vae(folder)
+    write_tiny_run(folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    model = {"model": read_config(folder / "run" / "checkpoints" / "step_00000007")["model"]}
+    common = {
+        "data": {"micro_batch_size": 2, "global_batch_size": 4, "text_dropout": 0.0},
+        "training": {"steps": 4, "precision": "fp32", "save_every": 2, "log_every": 1},
+        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 1},
+        "dpo": {"beta": 100.0},
+    }
+    (folder / "dpo.yaml").write_text(yaml.safe_dump(model | common))
+    settings = {
+        "output_dir": str(folder / "rounds"),
+        "start": str(folder / "run"),
+        "vae": str(folder / "vae"),
+        "text": str(folder / "text"),
+        "prompts": str(folder / "prompts.txt"),
+        "evaluation_prompts": str(folder / "prompts.txt"),
+        "config": str(folder / "dpo.yaml"),
+        "seeds": 2,
+        "score": ["brightness"],
+        "judge": ["shape_motion"],
+        "sampling": {"frames": 17, "height": 32, "width": 48, "fps": 8, "steps": 2, "guidance": 1.0, "time_shift": 1.0},
+    }
+    (folder / "rounds.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.mark.heavy
+def test_two_rounds_from_one_file(models: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "megatron_video", "dpo", "rounds", "--config", str(models / "rounds.yaml")]
+    # Ended while the first round goes on: what is done stays done, and nothing goes on behind its back.
+    running = subprocess.Popen([*command, "rounds=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("== ") and "training.dpo" in line:
+            break
+    running.terminate()
+    running.communicate()
+    result = subprocess.run([*command, "rounds=2", "--json"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "-m training.alignment.generate" not in result.stdout.split("-m training.dpo")[0]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [item["pairs"] for item in report["rounds"]] == [4, 4]
+    for item in report["rounds"]:
+        for judged in ("brightness", "shape_motion"):
+            gain = item["gains"][judged]["over_the_start"]
+            assert gain["wins"] + gain["ties"] + gain["losses"] == len(PROMPTS)
+    root = models / "rounds"
+    seeds = [
+        [json.loads(line)["seed"] for line in (root / f"round_0{number}" / "prompts.jsonl").read_text().splitlines()]
+        for number in (1, 2)
+    ]
+    # The second round has noise of its own, and starts from the model of the first.
+    assert not set(seeds[0]) & set(seeds[1])
+    config = yaml.safe_load((root / "round_02" / "train" / "config.yaml").read_text())
+    assert config["run"]["initial_weights"] == str(root / "round_01" / "train")
+    with pytest.raises(UserError, match="seeds: 2 there, 3 here"):
+        rounds.main(["--config", str(models / "rounds.yaml"), "seeds=3"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("seeds=1", "seeds=1 must be at least 2"),
+        ("score=[]", "score is empty"),
+        ("rounds=0", "rounds=0"),
+        ("prompts=nowhere.txt", "nowhere.txt is not readable"),
+        ("sampling.frame=17", "frame"),
+    ],
+)
+def test_what_gives_no_rounds_is_refused(change: str, said: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        rounds.main(["--config", str(models / "rounds.yaml"), f"output_dir={tmp_path / 'out'}", change])
