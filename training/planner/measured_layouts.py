@@ -105,7 +105,6 @@ LAYOUTS: tuple[MeasuredLayout, ...] = (
     MeasuredLayout("DP2 FSDP", FSDP, 2, "bf16"),
     MeasuredLayout("DP2 FSDP recompute all, EMA", [*FSDP, *FULL, *EMA], 2, "bf16"),
     MeasuredLayout("DP2 FSDP optim_grads", FSDP2, 2, "bf16"),
-    MeasuredLayout("TP2 SP PP2 CP2 recompute 2 layers", [*TP2, *SP, *PP2, *CP2, *FIRST2], 8, "bf16"),
 )
 
 
