@@ -28,7 +28,7 @@ def test_links_and_modules_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
-    for module in re.findall(r"-m (training\.[a-z_]+)", text):
+    for module in re.findall(r"-m (training(?:\.[a-z_]+)+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
     for path in re.findall(r"`((?:training|megatron_video|data_prep|checkpoints_tools)/[^`*]*)`", text):
         assert (ROOT / path).exists(), path
