@@ -68,7 +68,8 @@ def test_a_stopped_rank_is_named_by_the_others(folder: Path) -> None:
     culprit = only_culprit(folder / "stopped")
     assert culprit["rank"] == 0
     assert culprit["why"] == f"gave no sign of life; its process {culprit['pid']} is stopped"
-    assert "finish_grad_sync" in stacks(culprit, 1)
+    # In which collective it waits depends on where the loader's thread stopped the other.
+    assert "in train_step" in stacks(culprit, 1)
 
 
 @pytest.mark.heavy
