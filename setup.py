@@ -87,7 +87,7 @@ setup(
         "megatron_video": ["VERSION"],
         "training": ["configs/*/*.yaml"],
         "data_prep": ["*.yaml"],
-        "slurm": ["*.sh", "*.sbatch", "profiles/*.yaml"],
+        "slurm": ["*.sh", "*.sbatch", "profiles/*.yaml", "chains/*.yaml"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

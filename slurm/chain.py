@@ -46,7 +46,7 @@ class ChainStage:
     command: list[str]
     """Words of a `megatron-video` command; {task}, {tasks}, {cpus}, {scratch} (on the node) are filled in."""
     kind: Kind = "command"
-    """What it is; trainings (pretrain, curriculum, vae) are restarted and requeued as `slurm submit` does it."""
+    """What it is; trainings (pretrain, curriculum, vae, dpo) are restarted and requeued as `slurm submit` does it."""
     nodes: int = 1
     """Nodes of every task."""
     gpus: int = 0

@@ -18,12 +18,13 @@ from slurm.snapshot import link_snapshot, take_snapshot
 from slurm.submitted import record_submission
 
 # Kinds whose command and configuration are a training's.
-TRAININGS = ("pretrain", "curriculum", "vae")
+TRAININGS = ("pretrain", "curriculum", "vae", "dpo")
 # kind of job -> (module with main(argv), one line of help)
 KINDS: dict[str, tuple[str, str]] = {
     "pretrain": ("slurm.submit_training", "train the DiT on one or more nodes"),
     "curriculum": ("slurm.submit_training", "stages of pretraining, one after the other, as one job"),
     "vae": ("slurm.submit_training", "train the Video-VAE"),
+    "dpo": ("slurm.submit_training", "train the DiT on preference pairs"),
     "data": ("slurm.data_chain", "a stage of data preparation, or a recipe, as arrays with joins"),
     "convert": ("slurm.convert_chain", "a checkpoint into another form, without GPUs; on demand back and compared"),
     "reshard": ("slurm.reshard_chain", "a checkpoint cut for another layout"),

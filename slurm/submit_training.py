@@ -1,4 +1,4 @@
-"""`megatron-video slurm submit pretrain|curriculum|vae`: a training that signals, requeues and resumes by itself.
+"""`megatron-video slurm submit pretrain|curriculum|vae|dpo`: a training that signals, requeues and resumes by itself.
 
 The configuration is resolved now, by the training's own command, and frozen in the job's folder: presets and files that
 are edited later change nothing. The same command's dry run then says whether the job could run.
@@ -111,6 +111,13 @@ TRAININGS: dict[str, Training] = {
         lambda values: str(values["output"]),
         _relocate_vae,
         "--config vae_paper manifest=m.parquet output=runs/vae",
+    ),
+    "dpo": Training(
+        "dpo",
+        ("-m", "training.alignment.command", "train"),
+        lambda values: str(values["run"]["output_dir"]),
+        _relocate_pretrain,
+        "--config step_video_30b_dpo run.output_dir=runs/dpo data.shards=[pairs] run.initial_weights=runs/sft",
     ),
 }
 
