@@ -60,7 +60,7 @@ def test_generate_score_pair_train(cluster: Cluster, tmp_path: Path) -> None:
     stages[3] |= {"kind": shipped["train"].kind, "run_dir": str(trained), "nodes": 2}
     path = tmp_path / "chain.yaml"
     path.write_text(json.dumps({"name": "dpo", "run_dir": str(run_dir), "stages": stages}))
-    assert run_command(slurm_command, ["submit", "chain", f"--profile={PROFILE}", str(path)]) == 0
+    assert run_command(slurm_command, ["submit", "chain", f"--profile={PROFILE}", "--local-run-folder", str(path)]) == 0
     record = find_chain(str(run_dir))
     assert record is not None
     for number in record.numbers():
