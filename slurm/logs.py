@@ -75,12 +75,13 @@ def find_attempt(folder: Path, number: int | None) -> Path | None:
 
 
 def first_error(attempt: Path) -> tuple[Path, list[str]] | None:
-    """The log in which the first traceback over all nodes stands, and its lines; else the first line of an error.
+    """The log in which the first traceback of a rank over all nodes stands, and its lines; else the first lines of an
+    error; else what the launcher says of its ranks.
 
     First by what the ranks noted at their ends; where none could, by the logs' last changes.
     """
     logs = _by_first_failure(attempt)
-    for find in (_traceback, _error_lines):
+    for find in (_rank_traceback, _error_lines, _traceback):
         for log in logs:
             lines = find(_lines(log))
             if lines:
@@ -96,6 +97,12 @@ def _by_first_failure(attempt: Path) -> list[Path]:
     named = sorted((log for log in logs if log.stem in order), key=lambda log: order.index(log.stem))
     extra = [path for path in (attempt / "srun.log",) if path.exists()]
     return [*named, *(log for log in logs if log not in named), *extra]
+
+
+def _rank_traceback(lines: Sequence[str]) -> list[str]:
+    # torchrun's own, behind those of its ranks, says only that one failed.
+    found = _traceback(lines)
+    return [] if any("ChildFailedError" in line for line in found) else found
 
 
 def _traceback(lines: Sequence[str]) -> list[str]:

@@ -64,4 +64,7 @@ def _all_nodes_back(request: pytest.FixtureRequest) -> Iterator[None]:
     if "cluster" not in request.fixturenames:
         return
     subprocess.run(["scancel", f"--user={os.environ.get('USER', 'root')}"], check=False)
+    deadline = time.monotonic() + 120
+    while queued() and time.monotonic() < deadline:
+        time.sleep(0.3)
     subprocess.run(["scontrol", "update", "nodename=ALL", "state=resume"], capture_output=True, check=False)

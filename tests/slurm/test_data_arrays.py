@@ -11,6 +11,7 @@ from data_runs import SmallData, contents, make_small_data
 
 from data_prep import encode
 from data_prep.encode import EncodeSettings
+from data_prep.recipe import Run, run_recipe
 from megatron_video.buckets import parse_buckets
 from megatron_video.cli import run_command
 from slurm.chain_record import ChainRecord, find_chain
@@ -45,7 +46,7 @@ def resume(output: Path) -> int:
     return run_command(slurm_command, ["resume", str(output)])
 
 
-def states_after(cluster: Cluster, output: Path, seconds: float = 120) -> dict[str, StageState]:
+def states_after(cluster: Cluster, output: Path, seconds: float = 300) -> dict[str, StageState]:
     """States of the stages when no job of the chain is left in the queue."""
     for number in chain_at(output).numbers():
         cluster.wait(number, seconds)
@@ -83,3 +84,25 @@ def test_a_failing_shard_is_done_again_alone_to_the_bytes_of_one_process(
     # Nothing is left, so nothing is submitted.
     assert resume(out) == 0
     assert len(chain_at(out).jobs["shards"]) == 2
+
+
+def test_a_recipe_as_a_chain_of_arrays_makes_the_bytes_of_one_process(
+    cluster: Cluster, data: SmallData, tmp_path: Path
+) -> None:
+    recipe, work, alone = tmp_path / "recipe.yaml", tmp_path / "work", tmp_path / "alone"
+    recipe.write_text("stages: [ingest, {segment: {min_frames: 2}}]")
+    words = [profile(tmp_path), "--shards=2", "--throttle=1", "--cpus=1", "run"]
+    assert run_command(submit_data, [*words, f"--recipe={recipe}", f"--in={data.raw}", f"--work={work}"]) == 0
+    states = states_after(cluster, work)
+    units = {name: (state.state, state.done) for name, state in states.items()}
+    assert units == {
+        "1-ingest": ("done", 2),
+        "1-ingest-join": ("done", 1),
+        "2-segment": ("done", 2),
+        "2-segment-join": ("done", 1),
+        "report": ("done", 1),
+    }
+    run_recipe(recipe, Run(data.raw, alone))
+    for name in ("1-ingest.parquet", "2-segment.parquet"):
+        assert (work / name).read_bytes() == (alone / name).read_bytes()
+    assert "2-segment" in (work / "report.md").read_text()
