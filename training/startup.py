@@ -193,12 +193,13 @@ def _cost(
 ) -> Iterator[str]:
     tokens, shares, count = data.tokens(config.model), plan.sample_shares(), plan.samples_per_step()
     # Expected over the mix of buckets; metrics.jsonl has the exact figure of every step.
-    step_flops = count * sum(shares[name] * flops[name] for name in shares)
-    step_tokens = count * sum(shares[name] * tokens[name] for name in shares)
+    rows, what = (1, "samples") if config.dpo is None else (2, "pairs of two videos")
+    step_flops = rows * count * sum(shares[name] * flops[name] for name in shares)
+    step_tokens = rows * count * sum(shares[name] * tokens[name] for name in shares)
     steps = config.training.steps
     yield (
-        f"step: {count:,.1f} samples, {step_tokens:,.0f} tokens, {_scaled(step_flops)}FLOP forward and backward; "
-        f"{steps} steps = {count * steps:,.0f} samples, {_scaled(step_flops * steps)}FLOP"
+        f"step: {count:,.1f} {what}, {step_tokens:,.0f} tokens, {_scaled(step_flops)}FLOP forward and backward; "
+        f"{steps} steps = {count * steps:,.0f} {what}, {_scaled(step_flops * steps)}FLOP"
     )
     peak = config.training.peak_tflops
     # 30 % is about what the paper reached (32 % at 540P), a first guess at the real step time.
