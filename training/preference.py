@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +16,10 @@ from training.preference_config import PreferenceConfig
 from training.preference_data import PairBatch, PairBatchBuilder
 from training.preference_loss import Objective
 from training.reference_pass import Reference, SwappedReference, complete_reference_errors, open_reference_errors
+from training.sample_videos import decided_by_rank_0
+
+# Name of the reference's fingerprint in what a run must not change.
+REFERENCE = "dpo reference"
 
 
 class PairSteps(StepBatches):
@@ -38,20 +42,30 @@ def objective_of(preference: PreferenceConfig, step: int, steps: int) -> Objecti
 
 
 def preference_identity(config: PretrainConfig) -> dict[str, Any]:
-    """What a run on pairs must not change when it is continued, by name; {} for a run on samples."""
+    """What a run on pairs must not change when it is continued, by name; {} for a run on samples.
+
+    All ranks call it together: one of them reads the reference's files.
+    """
     if config.dpo is None:
         return {}
     # Where the reference's errors come from changes no number.
     fields = {f"dpo.{name}": value for name, value in config_to_dict(config.dpo).items() if name != "reference"}
     for name in ("dpo.reference_weights", "dpo.reference_from_ema"):
         del fields[name]
-    return {**fields, "dpo reference": Reference.of(config).fingerprint()}
+    reference = Reference.of(config)
+    return {**fields, REFERENCE: decided_by_rank_0(reference.fingerprint)}
 
 
 def prepare_reference(
-    config: PretrainConfig, batches: StepBatches, chunks: list[VideoDiT]
+    config: PretrainConfig, identity: Mapping[str, Any], batches: StepBatches, chunks: list[VideoDiT]
 ) -> tuple[StepBatches, SwappedReference | None]:
     """Have the reference's errors, or the reference; the model may hold its weights afterwards. On all ranks together.
+
+    Args:
+        config: of the run.
+        identity: of `preference_identity`.
+        batches: without the reference's errors.
+        chunks: the model, before it takes its own weights.
 
     Returns:
         The run's batches, and what completes them in every step, if that is left to the steps.
@@ -66,7 +80,7 @@ def prepare_reference(
     if config.dpo.reference == "swapped":
         Reference.of(config).load_into(chunks)
         return PairSteps(batches, builder, config), SwappedReference(chunks)
-    store = open_reference_errors(config, builder.data.fingerprint(), batches.plan)
+    store = open_reference_errors(config, identity[REFERENCE], builder.data.fingerprint(), batches.plan)
     complete_reference_errors(config, store, batches.plan, builder, chunks, _say)
     return PairSteps(batches, replace(builder, references=store), config), None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from training.balance import PlannedBatch
 from training.data import Batch, BatchBuilder, Row
 from training.preference_loss import MEASURES, Objective, mean_errors, preference_measures
-from training.time_bins import TIME_BINS, time_bins
+from training.time_bins import sums_by_time
 
 
 class References(Protocol):
@@ -63,11 +63,6 @@ class PairBatchBuilder(BatchBuilder):
         errors = self.references.errors(planned.samples.tolist(), planned.epochs.tolist())
         return replace(batch, reference_errors=errors)
 
-    def plain(self) -> BatchBuilder:
-        """The builder of ordinary samples with the same settings, for held-out data."""
-        names = [field.name for field in fields(BatchBuilder)]
-        return BatchBuilder(**{name: getattr(self, name) for name in names})
-
     def collate(self, rows: list[Row]) -> PairBatch:
         losers = [replace(row, data=row.loser) for row in rows if row.loser is not None]
         assert len(losers) == len(rows), "TrainingData was opened for pairs"
@@ -89,10 +84,8 @@ def pair_loss(batch: PairBatch, prediction: Tensor) -> tuple[Tensor, Tensor, dic
     losses = batch.objective.losses(errors, batch.reference_errors)
     count = torch.full((), losses.numel(), dtype=torch.int32, device=losses.device)
     measures = preference_measures(batch.objective, errors, batch.reference_errors)
-    values = torch.cat([losses.detach()[None], torch.ones_like(losses)[None], measures]).double()
-    inside = time_bins(batch.timestep[: losses.numel()])[:, None] == torch.arange(TIME_BINS, device=losses.device)
-    # [rows, b, bins] -> [rows, bins]; not by a product, which would carry a NaN into every bin.
-    return losses.sum(), count, {"sums_and_counts": torch.where(inside, values[:, :, None], 0.0).sum(1)}
+    values = torch.cat([losses.detach()[None], torch.ones_like(losses)[None], measures])
+    return losses.sum(), count, {"sums_and_counts": sums_by_time(batch.timestep[: losses.numel()], values)}
 
 
 def pair_errors(batch: PairBatch, prediction: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -33,6 +33,7 @@ from training.data_plan import DataPlan
 from training.optimizer import WrappedChunk
 from training.preference_data import PairBatch, PairBatchBuilder, pair_errors
 from training.reference_errors import FOLDER, ReferenceErrors
+from training.sample_videos import decided_by_rank_0
 from training.train_step import LossFunction, predict, run_schedule
 
 # Steps of one file, after which a pass that is killed goes on.
@@ -73,14 +74,16 @@ class Reference:
         checkpoint.load_model_weights(self.checkpoint, list(chunks), averaged=self.averaged)
 
 
-def open_reference_errors(config: PretrainConfig, data_fingerprint: str, plan: DataPlan) -> ReferenceErrors:
+def open_reference_errors(
+    config: PretrainConfig, reference_fingerprint: str, data_fingerprint: str, plan: DataPlan
+) -> ReferenceErrors:
     """The run's stored errors, those of this reference, these data and this noise.
 
     Raises:
         UserError: the run's folder holds others; names what differs.
     """
     identity = {
-        "reference": Reference.of(config).fingerprint(),
+        "reference": reference_fingerprint,
         "data set": data_fingerprint,
         "seed": config.run.seed,
         "stage": config.run.stage,
@@ -104,7 +107,7 @@ def complete_reference_errors(
 
     All ranks call it together. A pass that is killed goes on with the block of steps it was in.
     """
-    first, steps = store.steps_done, config.training.steps
+    first, steps = decided_by_rank_0(lambda: store.steps_done), config.training.steps
     if first >= steps:
         return
     say(f"reference errors: steps {first} to {steps} are computed once, before training; kept in {store.folder}")

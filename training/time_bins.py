@@ -33,10 +33,18 @@ def bin_by_time(timestep: Tensor, errors: Tensor, positions: int) -> Tensor:
     # Here: `watch` and `report` read the bins' names, and start without torch.
     import torch
 
-    values = torch.stack([errors.double(), torch.full_like(errors, positions, dtype=torch.float64)])
+    return sums_by_time(
+        timestep, torch.stack([errors.double(), torch.full_like(errors, positions, dtype=torch.float64)])
+    )
+
+
+def sums_by_time(timestep: Tensor, values: Tensor) -> Tensor:
+    """Sums over the samples of each bin, [r, TIME_BINS] fp64, of r values of each sample, [r, b]; timestep: [b]."""
+    import torch
+
     inside = time_bins(timestep)[:, None] == torch.arange(TIME_BINS, device=timestep.device)
     # Not by a product with 0 and 1, which would carry a NaN into every bin, nor by adding in place, whose order varies.
-    return torch.where(inside, values[:, :, None], 0.0).sum(1)
+    return torch.where(inside, values.double()[:, :, None], 0.0).sum(1)
 
 
 def mean_by_time(sums: list[float], positions: list[int]) -> list[float | None]:

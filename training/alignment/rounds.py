@@ -124,10 +124,7 @@ def _round_prompts(config: RoundsConfig, folder: Path, number: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         prompts = with_seeds(read_prompts(Path(config.prompts), 0), config.seeds)
         # Rounds a million apart: no seed comes twice, whatever the file gives.
-        lines = [
-            {"prompt": prompt.text, "seed": (number - 1) * 1_000_000 + prompt.index % config.seeds + prompt.seed}
-            for prompt in prompts
-        ]
+        lines = [{"prompt": prompt.text, "seed": (number - 1) * 1_000_000 + prompt.seed} for prompt in prompts]
         write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return path
 

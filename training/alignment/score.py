@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
+from megatron_video.files import write_atomically
 from training.alignment.generated import Generated, Sample, read_generated
 from training.alignment.scorers import SCORERS, find_scorer
 
@@ -90,7 +91,7 @@ def _begun(out: Path, generated: Generated, names: dict[str, float]) -> set[int]
             raise UserError(
                 f"--out {out} holds scores by {list(line['scores'])}, asked is {list(names)}; choose another"
             )
-    out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_atomically(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return {line["index"] for line in lines}
 
 
