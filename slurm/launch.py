@@ -107,8 +107,13 @@ def write_task_environment(job: Job, profile: ClusterProfile, launch: Launch) ->
 
 
 def port(profile: ClusterProfile, launch: Launch) -> int:
-    """Port of the rendezvous: of this job and start alone, as jobs may share a node and dead ones may hold theirs."""
-    return profile.launch.port or _FIRST_PORT + (16 * int(launch.job_id) + launch.start) % _PORTS
+    """Port of the rendezvous of a start."""
+    return port_of_job(profile, launch.job_id, launch.start)
+
+
+def port_of_job(profile: ClusterProfile, job_id: str, start: int = 0) -> int:
+    """Port of this job and start alone, as jobs may share a node and dead ones may hold theirs."""
+    return profile.launch.port or _FIRST_PORT + (16 * int(job_id) + start) % _PORTS
 
 
 def _defaults(job: Job, profile: ClusterProfile, launch: Launch) -> dict[str, str]:

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import scheduler
+from slurm.checks import TRAININGS
 from slurm.command import call_from_table
 from slurm.job import CONFIG_FILE, Job, resource_options
 from slurm.profile import ClusterProfile
 from slurm.snapshot import link_snapshot, take_snapshot
 from slurm.submitted import record_submission
 
-# Kinds whose command and configuration are a training's.
-TRAININGS = ("pretrain", "curriculum", "vae", "dpo")
 # kind of job -> (module with main(argv), one line of help)
 KINDS: dict[str, tuple[str, str]] = {
     "pretrain": ("slurm.submit_training", "train the DiT on one or more nodes"),

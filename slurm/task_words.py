@@ -9,10 +9,10 @@ from pathlib import Path
 from slurm import scheduler
 from slurm.containers import container_words, with_setup
 from slurm.job import Job
+from slurm.launch import port_of_job
 from slurm.profile import ClusterProfile
 
 # Below the ports that Linux hands out by itself.
-_FIRST_PORT, _PORTS = 15000, 15000
 
 
 def task_words(job: Job, profile: ClusterProfile, command: Sequence[str], scratch: Path) -> list[str]:
@@ -30,11 +30,10 @@ def task_words(job: Job, profile: ClusterProfile, command: Sequence[str], scratc
 def _torchrun(job: Job, profile: ClusterProfile) -> list[str]:
     number = os.environ.get("SLURM_JOB_ID", "0")
     name = f"{number}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    port = profile.launch.port or _FIRST_PORT + int(number) % _PORTS
     first = scheduler.expand(os.environ.get("SLURM_JOB_NODELIST", ""))[:1] or ["localhost"]
     ranks = job.options.get("ranks_per_node") or max(1, job.gpus_per_node)
     words = [profile.software.python, "-m", "torch.distributed.run", f"--nnodes={job.nodes}"]
-    place = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first[0]}:{port}", f"--rdzv-id={name}"]
+    place = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first[0]}:{port_of_job(profile, number)}", f"--rdzv-id={name}"]
     return [*words, f"--nproc-per-node={ranks}", *place, "--max-restarts=0"]
 
 
