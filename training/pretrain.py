@@ -7,6 +7,7 @@ SIGUSR1 after saving (start it again); launchers may hide them, so <run>/status.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -39,22 +40,28 @@ def run_command_line(
         UserError: a configuration, layout, data or a checkpoint that cannot work.
     """
     arguments = _parse(argv, program, about, preset_dir)
+    load = functools.partial(_load, arguments, preset_dir, needs_preferences)
     if arguments.dry_run:
         # Planner and views are of no use to a run.
         from training.dry_run.command import dry_run_pretrain
 
-        return dry_run_pretrain(arguments, preset_dir)
+        return dry_run_pretrain(arguments, program.removeprefix("megatron-video "), load)
     refuse_without_dry_run(arguments)
+    config = load()
+    if arguments.print_config:
+        print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    return run_training(config)
+
+
+def _load(arguments: argparse.Namespace, preset_dir: Path, needs_preferences: bool) -> PretrainConfig:
     config = load_config(PretrainConfig, arguments.config, arguments.overrides, preset_dir)
     if needs_preferences != (config.dpo is not None):
         raise UserError(
             f"{arguments.config}: {'has no' if needs_preferences else 'has a'} group `dpo`: "
             f"{'add it, such as dpo.beta=500' if needs_preferences else 'train with `python -m training.dpo`'}"
         )
-    if arguments.print_config:
-        print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
-        return 0
-    return run_training(config)
+    return config
 
 
 def run_training(config: PretrainConfig, keep_distributed: bool = False) -> int:

@@ -7,10 +7,8 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
-from megatron_video.config_io import load_config
-from training.config import PRESET_DIR, PretrainConfig
+from training.config import PretrainConfig
 from training.dry_run.findings import Findings
 from training.dry_run.job_views import JobViews, build_views
 from training.dry_run.rank_view import Tensors
@@ -19,8 +17,13 @@ from training.dry_run.request import Request
 from training.dry_run.stage_run import check_disks, examine
 
 
-def dry_run_pretrain(arguments: argparse.Namespace, preset_dir: Path = PRESET_DIR) -> int:
+def dry_run_pretrain(arguments: argparse.Namespace, name: str, load: Callable[[], PretrainConfig]) -> int:
     """A dry run of one configuration.
+
+    Args:
+        arguments: options of the dry run.
+        name: of the training.
+        load: its configuration, or why the training would refuse it.
 
     Returns:
         0 if it can run, else 2.
@@ -29,10 +32,10 @@ def dry_run_pretrain(arguments: argparse.Namespace, preset_dir: Path = PRESET_DI
         return 0
     prepare_process()
     findings = Findings()
-    report = Report("pretrain", Request.of(arguments, findings), [findings])
+    report = Report(name, Request.of(arguments, findings), [findings])
     config: PretrainConfig | None = None
     with findings.check("config"):
-        config = load_config(PretrainConfig, arguments.config, arguments.overrides, preset_dir)
+        config = load()
     if config is not None and report.request is not None:
         report.stages = [examine(config, report.request, findings)]
         check_disks(report.stages, report.request, findings)
