@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +72,15 @@ def write_tiny_run(folder: Path, seed: int = 0, encoders: dict[str, str] | None 
     finally:
         destroy_parallel()
     return folder / "run"
+
+
+def write_tiny_models(folder: Path, prompts: Sequence[str]) -> Path:
+    """All that sampling takes: `folder`/text, /vae, /run and prompts.txt; the folder."""
+    write_tiny_text_encoders(folder)
+    write_tiny_vae(folder)
+    write_tiny_run(folder)
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    return folder
 
 
 def _leave_no_zero(model: torch.nn.Module, seed: int) -> None:

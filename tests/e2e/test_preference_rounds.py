@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+from tiny_models import write_tiny_models
 
 from megatron_video.errors import UserError
 from training.alignment import rounds
@@ -21,10 +21,7 @@ PROMPTS = ["a red circle moves left", "a blue square moves up", "蓝色方块向
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_text_encoders(folder)
-    write_tiny_vae(folder)
-    write_tiny_run(folder)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    write_tiny_models(folder, PROMPTS)
     model = {"model": read_config(folder / "run" / "checkpoints" / "step_00000007")["model"]}
     common = {
         "data": {"micro_batch_size": 2, "global_batch_size": 4, "text_dropout": 0.0},

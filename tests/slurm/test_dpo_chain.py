@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 from conftest import Cluster
-from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+from tiny_models import write_tiny_models
 
 from megatron_video.cli import run_command
 from megatron_video.shards import ShardDataset
@@ -24,11 +24,8 @@ SMALL = "--frames 17 --height 32 --width 48 --fps 8 --steps 2 --guidance 1 --tim
 
 def write_models(folder: Path) -> Path:
     """A run, its encoders, prompts, and the configuration of an alignment of it."""
-    write_tiny_text_encoders(folder)
-    write_tiny_vae(folder)
-    run = write_tiny_run(folder)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    write_tiny_models(folder, PROMPTS)
+    (checkpoint,) = (folder / "run" / "checkpoints").glob("step_*")
     values = {
         "model": yaml.safe_load((checkpoint / "config.yaml").read_text())["model"],
         "data": {"micro_batch_size": 1, "global_batch_size": 2, "text_dropout": 0.0},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cluster
-from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+from tiny_models import write_tiny_models
 
 from checkpoints_tools.cli import main as checkpoints
 from megatron_video.cli import run_command
@@ -20,10 +20,7 @@ from slurm.job import load_job
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_text_encoders(folder)
-    write_tiny_vae(folder)
-    write_tiny_run(folder)
-    (folder / "prompts.txt").write_text("a red circle moves left\na blue square moves up\n")
+    write_tiny_models(folder, ["a red circle moves left", "a blue square moves up"])
     return folder
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import write_tiny_run, write_tiny_text_encoders, write_tiny_vae
+from tiny_models import write_tiny_models, write_tiny_run
 from tiny_shards import write_tiny_shards
 
 from megatron_video.errors import UserError
@@ -38,10 +38,7 @@ ROUNDING = 1
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_text_encoders(folder)
-    write_tiny_vae(folder)
-    write_tiny_run(folder)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    write_tiny_models(folder, PROMPTS)
     return folder
 
 
