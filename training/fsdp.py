@@ -98,8 +98,10 @@ class FullyShardedDiT(FullyShardedDataParallel):
         self.module.install_optimized_model_weights()
 
 
-def bare_model(chunk: DistributedDataParallel | FullyShardedDiT) -> VideoDiT:
-    """The model inside of what shares its gradients over replicas."""
+def bare_model(chunk: DistributedDataParallel | FullyShardedDiT | VideoDiT) -> VideoDiT:
+    """The model inside of what shares its gradients over replicas, or itself where nothing does."""
+    if isinstance(chunk, VideoDiT):
+        return chunk
     model: VideoDiT = chunk.dit if isinstance(chunk, FullyShardedDiT) else chunk.module
     return model
 

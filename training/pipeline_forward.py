@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_video.dit import VideoDiT
 from training.fsdp import bare_model
 from training.optimizer import WrappedChunk
 
@@ -22,7 +23,7 @@ class PipelineForward:
         model: this rank's chunks, in eval mode; all ranks of a replica call this together, under no_grad.
     """
 
-    def __init__(self, model: Sequence[WrappedChunk]) -> None:
+    def __init__(self, model: Sequence[WrappedChunk | VideoDiT]) -> None:
         self._chunks = list(model)
         self._bare = [bare_model(chunk) for chunk in model]
         self._group = self._bare[0].groups.pp
