@@ -53,18 +53,18 @@ def write_tiny_vae(folder: Path) -> Path:
     return folder / "vae"
 
 
-def write_tiny_run(folder: Path, seed: int = 0, encoders: dict[str, str] | None = None) -> Path:
+def write_tiny_run(folder: Path, seed: int = 0, encoders: dict[str, str] | None = None, dit: DiTConfig = MODEL) -> Path:
     """`folder`/run with a checkpoint after step 7 of a DiT in which every parameter counts."""
     parallel = ParallelConfig()
     initialize_parallel(parallel, seed=0, device_info=device.initialize())
     try:
-        chunks = build_dit(MODEL, parallel, torch.float32, device=torch.device("cpu"), init_seed=seed)
+        chunks = build_dit(dit, parallel, torch.float32, device=torch.device("cpu"), init_seed=seed)
         _leave_no_zero(chunks[0], seed)
         model = wrap_data_parallel(chunks, parallel)
         optimizer = build_optimizer(model, AdamWConfig(), parallel)
         config = PretrainConfig(
             run=RunConfig(output_dir=str(folder / "run")),
-            model=MODEL,
+            model=dit,
             data=DataConfig(shards=["none"]),
             training=TrainingConfig(precision="fp32"),
         )

@@ -18,6 +18,10 @@ STEPS: dict[str, tuple[str, str]] = {
     "score": ("training.alignment.score", "a number for every video: rewards, your own function, a reward model"),
     "pair": ("training.alignment.pair", "scored videos -> shards of preference pairs, with statistics"),
     "reward": ("training.alignment.reward", "train a reward model on pairs, validated on held-out prompts"),
+    "features": (
+        "training.alignment.features",
+        "what the DiT makes of latents, for a reward model (torchrun for several ranks)",
+    ),
     "train": ("training.dpo", "train on the pairs (torchrun for several ranks)"),
     "win-rate": (
         "training.alignment.win_rate",
