@@ -68,7 +68,7 @@ def build_trainer(
         fp8=config.fp8,
     )
     # Before the model takes its own weights: the reference computes with this one.
-    batches, reference = prepare_reference(config, identity, batches, chunks)
+    batches, reference = prepare_reference(config, identity, batches, chunks, lambda: phases.enter("start"))
     # Before the optimizer is built, whose fp32 copies are taken from the weights.
     if found is None:
         take_initial_weights(config.run, chunks)

@@ -17,7 +17,6 @@ from training.data import BatchBuilder
 from training.data_set import TrainingData
 from training.events import read_events
 from training.held_out import check_held_out
-from training.reference_pass import Reference, stored_reference
 from training.run_tail import RunTail
 from training.sample_videos import SampleVideos, decided_by_rank_0
 from training.telemetry import Stopwatch
@@ -116,11 +115,9 @@ class Checkups:
     def _drift(self, trainer: Trainer, validation: Validation) -> ValidationLosses | None:
         """How far a run on preference pairs is from its reference; None for other runs."""
         # Megatron-FSDP keeps its weights in a form of its own.
-        if self.config.dpo is None or self.config.parallel.use_megatron_fsdp:
+        if trainer.reference is None or self.config.parallel.use_megatron_fsdp:
             return None
-        if trainer.reference is not None:
-            return validation.drift(trainer.model, trainer.reference.in_place(trainer.model))
-        return validation.drift(trainer.model, stored_reference(Reference.of(self.config), trainer.model))
+        return validation.drift(trainer.model, trainer.reference.in_place(trainer.model))
 
     def _sample(self, trainer: Trainer, samples: SampleVideos, loss: float) -> None:
         watch, step = Stopwatch(), trainer.state.step

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from megatron_video.config_io import config_to_dict
 from megatron_video.dit import VideoDiT
 from training.config import PretrainConfig
-from training.data import Batch, StepBatches, StepData
+from training.data import Batch, StepBatches
+from training.data_plan import DataPlan
 from training.preference_config import PreferenceConfig
 from training.preference_data import PairBatch, PairBatchBuilder
 from training.preference_loss import Objective
-from training.reference_pass import Reference, SwappedReference, complete_reference_errors, open_reference_errors
+from training.reference_pass import PrecomputedReference, Reference, RunReference, SwappedReference
 from training.sample_videos import decided_by_rank_0
 
 # Name of the reference's fingerprint in what a run must not change.
 REFERENCE = "dpo reference"
-
-
-class PairSteps(StepBatches):
-    """Item k: the pairs of step k for one replica, with the objective of that step."""
-
-    def __init__(self, batches: StepBatches, builder: PairBatchBuilder, config: PretrainConfig) -> None:
-        super().__init__(builder, batches.plan, batches.rank, batches.size)
-        assert config.dpo is not None
-        self._preference, self._steps = config.dpo, config.training.steps
-
-    def __getitem__(self, step: int) -> StepData:
-        data, objective = super().__getitem__(step), objective_of(self._preference, step, self._steps)
-        return replace(data, batches=list(_with_objective(data.batches, objective)))
 
 
 def objective_of(preference: PreferenceConfig, step: int, steps: int) -> Objective:
@@ -57,8 +43,12 @@ def preference_identity(config: PretrainConfig) -> dict[str, Any]:
 
 
 def prepare_reference(
-    config: PretrainConfig, identity: Mapping[str, Any], batches: StepBatches, chunks: list[VideoDiT]
-) -> tuple[StepBatches, SwappedReference | None]:
+    config: PretrainConfig,
+    identity: Mapping[str, Any],
+    batches: StepBatches,
+    chunks: list[VideoDiT],
+    working: Callable[[], None],
+) -> tuple[StepBatches, RunReference | None]:
     """Have the reference's errors, or the reference; the model may hold its weights afterwards. On all ranks together.
 
     Args:
@@ -66,9 +56,10 @@ def prepare_reference(
         identity: of `preference_identity`.
         batches: without the reference's errors.
         chunks: the model, before it takes its own weights.
+        working: called at every sign of progress; a pass may take hours.
 
     Returns:
-        The run's batches, and what completes them in every step, if that is left to the steps.
+        The run's batches, and what their steps ask; None for a run on samples.
 
     Raises:
         UserError: stored errors of something else, or a reference that does not fit the model.
@@ -77,23 +68,42 @@ def prepare_reference(
     if config.dpo is None:
         return batches, None
     assert isinstance(builder, PairBatchBuilder)
+    reference = Reference.of(config)
     if config.dpo.reference == "swapped":
-        Reference.of(config).load_into(chunks)
-        return PairSteps(batches, builder, config), SwappedReference(chunks)
-    store = open_reference_errors(config, identity[REFERENCE], builder.data.fingerprint(), batches.plan)
-    complete_reference_errors(config, store, batches.plan, builder, chunks, _say)
-    return PairSteps(batches, replace(builder, references=store), config), None
+        reference.load_into(chunks)
+        return batches, SwappedReference(chunks)
+    what = _error_identity(config, identity[REFERENCE], builder.data.fingerprint(), batches.plan)
+    precomputed = PrecomputedReference(config, reference, what, batches, working)
+    precomputed.compute_missing(range(config.training.steps), chunks)
+    builder = replace(builder, references=precomputed.errors)
+    return StepBatches(builder, batches.plan, batches.rank, batches.size), precomputed
 
 
-def _with_objective(batches: Sequence[Batch], objective: Objective) -> Iterator[Batch]:
-    for batch in batches:
-        assert isinstance(batch, PairBatch)
-        yield replace(batch, objective=objective)
+def with_objective(config: PretrainConfig, step: int, batches: Sequence[Batch]) -> list[Batch]:
+    """Micro-batches of training step `step`, counted from 0, with its objective; those of samples as they are.
+
+    Here and not in the loader: where data was left out, a step's data is that of a later one, its beta is not.
+    """
+    if config.dpo is None:
+        return list(batches)
+    objective = objective_of(config.dpo, step, config.training.steps)
+    return [replace(batch, objective=objective) if isinstance(batch, PairBatch) else batch for batch in batches]
 
 
-def _say(text: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
+def _error_identity(
+    config: PretrainConfig, reference_fingerprint: str, data_fingerprint: str, plan: DataPlan
+) -> dict[str, Any]:
+    """All that the reference's errors depend on."""
+    return {
+        "reference": reference_fingerprint,
+        "data set": data_fingerprint,
+        "seed": config.run.seed,
+        "stage": config.run.stage,
+        "time density": repr(config.flow),
+        "text dropout": config.data.text_dropout,
+        "precision": config.training.precision,
+        "order": plan.identity()["scheme"],
+    }
 
 
 def describe_preference(config: PretrainConfig) -> Iterator[str]:

@@ -11,9 +11,10 @@ from megatron_video.config_io import config_dataclass
 class PreferenceConfig:
     """Training on pairs of videos of one prompt, of which one was preferred (arXiv 2502.10248, section 4.4)."""
 
-    loss: Literal["dpo", "ipo"] = "dpo"
-    """dpo: -log sigmoid of the implicit reward margin (arXiv 2305.18290; the paper's Eq. 8); ipo: its squared distance
-    from a finite margin (arXiv 2310.12036), which cannot be driven to infinity by labels that are always right."""
+    loss: Literal["dpo", "rdpo", "ipo"] = "dpo"
+    """dpo: -log sigmoid of the implicit reward margin (arXiv 2305.18290; the paper's Eq. 8); rdpo: the same with known
+    label noise taken out (arXiv 2403.00409), see label_smoothing; ipo: its squared distance from a finite margin (arXiv
+    2310.12036), which cannot be driven to infinity by labels that are always right."""
     beta: float = 500.0
     """Weight of the margin, in 1 / mean squared velocity error. The paper's argument: a small beta with a larger
     learning rate converges far faster than the 5,000 of Diffusion-DPO, whose gradients must be clipped; it gives no
@@ -21,7 +22,9 @@ class PreferenceConfig:
     final_beta: float | None = None
     """Beta of the last step, reached along a straight line; null: constant."""
     label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, 0.5): the loss of the swapped pair counts that much (dpo only)."""
+    """Probability p that a label is wrong, in [0, 0.5). dpo: the loss of the swapped pair counts that much, which holds
+    margins at log((1 - p) / p); rdpo: it is taken off, and the rest divided by 1 - 2p, so that the mean over wrong and
+    right labels is the loss of right ones, at the price of a larger variance."""
     sft_weight: float = 0.0
     """Weight of the winner's own velocity error, added to the loss: keeps winners from getting worse in step with
     losers."""
@@ -46,8 +49,10 @@ class PreferenceConfig:
                 raise ValueError(f"{name}={value} must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
-        if self.label_smoothing and self.loss != "dpo":
-            raise ValueError(f"label_smoothing={self.label_smoothing} goes with loss: dpo alone; set it to 0")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError(f"label_smoothing={self.label_smoothing} does not go with loss=ipo; set it to 0")
+        if not self.label_smoothing and self.loss == "rdpo":
+            raise ValueError("loss=rdpo needs label_smoothing, the share of wrong labels; without any, take loss=dpo")
         if not 0 <= self.sft_weight < float("inf"):
             raise ValueError(f"sft_weight={self.sft_weight} must not be negative")
 

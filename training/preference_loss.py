@@ -48,14 +48,19 @@ class Objective:
             [b] fp32.
         """
         margin = self.margins(errors, reference)
-        if self.loss == "ipo":
-            # margin / beta is the difference of log-likelihood ratios; its target is 1 / (2 beta).
-            losses = (margin / self.beta - 0.5 / self.beta).square()
-        else:
-            losses = -(1 - self.label_smoothing) * logsigmoid(margin)
-            if self.label_smoothing:
-                losses = losses - self.label_smoothing * logsigmoid(-margin)
+        losses = self._squared_distance(margin) if self.loss == "ipo" else self._noisy_labels(margin)
         return losses + self.sft_weight * errors[0] if self.sft_weight else losses
+
+    def _squared_distance(self, margin: Tensor) -> Tensor:
+        # margin / beta is the difference of log-likelihood ratios; its target is 1 / (2 beta).
+        return (margin / self.beta - 0.5 / self.beta).square()
+
+    def _noisy_labels(self, margin: Tensor) -> Tensor:
+        right, wrong, share = -logsigmoid(margin), -logsigmoid(-margin), self.label_smoothing
+        if self.loss == "rdpo":
+            # The unbiased estimate of arXiv 2403.00409.
+            return ((1 - share) * right - share * wrong) / (1 - 2 * share)
+        return (1 - share) * right + share * wrong if share else right
 
     def margins(self, errors: Tensor, reference: Tensor) -> Tensor:
         """Implicit reward of the winner less that of the loser, [b]; arguments as those of `losses`."""

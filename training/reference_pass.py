@@ -6,33 +6,33 @@ step, the reference's weights change places with the trained ones, which wait in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from megatron_video.dit import VideoDiT
 from megatron_video.errors import UserError
 from megatron_video.fingerprint import fingerprint_files
-from megatron_video.parallel import data_parallel_rank, data_parallel_size
 from training import checkpoint
 from training.averaged_weights import finish_parameter_gathers
 from training.balance import PlannedBatch
 from training.config import PretrainConfig
-from training.data import Batch
-from training.data_plan import DataPlan
+from training.data import Batch, StepBatches, StepData, iterate_steps
 from training.optimizer import WrappedChunk
-from training.preference_data import PairBatch, PairBatchBuilder, pair_errors
-from training.reference_errors import FOLDER, ReferenceErrors
+from training.preference_data import PairBatch, pair_errors
+from training.reference_errors import FOLDER, ErrorFiles, ReferenceErrors, Table
 from training.sample_videos import decided_by_rank_0
 from training.train_step import LossFunction, predict, run_schedule
 
@@ -74,51 +74,149 @@ class Reference:
         checkpoint.load_model_weights(self.checkpoint, list(chunks), averaged=self.averaged)
 
 
-def open_reference_errors(
-    config: PretrainConfig, reference_fingerprint: str, data_fingerprint: str, plan: DataPlan
-) -> ReferenceErrors:
-    """The run's stored errors, those of this reference, these data and this noise.
+class RunReference(Protocol):
+    """The reference of a run on pairs, as its steps use it. All ranks call each method together."""
+
+    def make_ready(self, model: list[WrappedChunk], steps: Sequence[int]) -> None:
+        """Have what these data steps need, before the first of them."""
+
+    def with_errors(self, model: list[WrappedChunk], batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a step with the reference's errors."""
+
+    def in_place(self, model: list[WrappedChunk]) -> AbstractContextManager[None]:
+        """Within it the model computes with the reference's weights."""
+
+
+class PrecomputedReference:
+    """Errors of all draws, computed in a pass before the first step; later, only those of data that moved up.
+
+    Args:
+        config: of the run.
+        reference: its weights.
+        identity: all that the errors depend on.
+        batches: of the run, without the errors.
+        working: called at every sign of progress.
 
     Raises:
-        UserError: the run's folder holds others; names what differs.
+        UserError: the run's folder holds errors of something else, or damaged ones; on all ranks.
     """
-    identity = {
-        "reference": reference_fingerprint,
-        "data set": data_fingerprint,
-        "seed": config.run.seed,
-        "stage": config.run.stage,
-        "time density": repr(config.flow),
-        "text dropout": config.data.text_dropout,
-        "precision": config.training.precision,
-        "order": plan.identity()["scheme"],
-    }
-    return ReferenceErrors(Path(config.run.output_dir) / FOLDER, identity)
 
+    def __init__(
+        self,
+        config: PretrainConfig,
+        reference: Reference,
+        identity: dict[str, Any],
+        batches: StepBatches,
+        working: Callable[[], None],
+    ) -> None:
+        folder = Path(config.run.output_dir) / FOLDER
+        self.errors = ReferenceErrors(folder)
+        self._config, self._reference, self._batches, self._working = config, reference, batches, working
+        # Opened where it is used, on rank 0: a refusal is then one of all ranks.
+        self._files = functools.partial(ErrorFiles, folder, identity)
+        self._take_what_is_stored()
 
-def complete_reference_errors(
-    config: PretrainConfig,
-    store: ReferenceErrors,
-    plan: DataPlan,
-    builder: PairBatchBuilder,
-    chunks: list[VideoDiT],
-    say: Callable[[str], None],
-) -> None:
-    """Compute the errors of all steps that have none yet; the model then has the reference's weights.
+    def compute_missing(self, steps: Sequence[int], chunks: Sequence[Any]) -> None:
+        """Compute the errors of data steps that have none; the model then may hold the reference's weights.
 
-    All ranks call it together. A pass that is killed goes on with the block of steps it was in.
-    """
-    first, steps = decided_by_rank_0(lambda: store.steps_done), config.training.steps
-    if first >= steps:
-        return
-    say(f"reference errors: steps {first} to {steps} are computed once, before training; kept in {store.folder}")
-    Reference.of(config).load_into(chunks)
-    starts = range(first, steps, _STEPS_PER_BLOCK)
-    for start in tqdm(starts, desc="reference", unit="block", disable=None if dist.get_rank() == 0 else True):
-        end = min(start + _STEPS_PER_BLOCK, steps)
-        found = [_step_errors(plan.rank_share(step, *_replica()), builder, chunks) for step in range(start, end)]
-        _write_block(store, start, end, found)
-    dist.barrier()
-    store.reload()
+        A pass that is killed goes on with the block of steps it was in.
+        """
+        missing = self._missing(steps)
+        if missing:
+            self._reference.load_into(chunks)
+            self._compute(missing, chunks)
+
+    def make_ready(self, model: list[WrappedChunk], steps: Sequence[int]) -> None:
+        """Where data was left out, later data moved up, of which the pass knew nothing.
+
+        Raises:
+            UserError: Megatron-FSDP keeps its weights in a form of its own.
+        """
+        missing = self._missing(steps)
+        if not missing:
+            return
+        if self._config.parallel.use_megatron_fsdp:
+            raise UserError(
+                f"data steps {missing[0]} to {missing[-1]} have no reference errors, and parallel.use_megatron_fsdp="
+                "true cannot take the reference's weights in between; leave faults.skip_data_steps and "
+                "faults.spike_mads at their defaults, or take parallel.use_distributed_optimizer"
+            )
+        with self.in_place(model):
+            self._compute(missing, model)
+
+    def with_errors(self, model: list[WrappedChunk], batches: list[Batch]) -> list[Batch]:
+        """They have them: the loader looks them up."""
+        return batches
+
+    @contextmanager
+    def in_place(self, model: list[WrappedChunk]) -> Iterator[None]:
+        """The weights are read from the checkpoint, and the trained ones wait in host memory: for what is rare."""
+        finish_parameter_gathers(model)
+        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+        trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        self._reference.load_into(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, held in zip(parameters, trained, strict=True):
+                    parameter.copy_(held)
+
+    def _missing(self, steps: Sequence[int]) -> list[int]:
+        """By draw and not by file: another batch size has other draws in the same steps."""
+        plan, has = self._batches.plan, self.errors.has
+
+        def complete(batch: PlannedBatch) -> bool:
+            return all(map(has, batch.samples.tolist(), batch.epochs.tolist()))
+
+        return decided_by_rank_0(lambda: [step for step in steps if not all(map(complete, plan.step(step)))])
+
+    def _compute(self, steps: list[int], chunks: Sequence[Any]) -> None:
+        leads, data = dist.get_rank() == 0, self._config.data
+        if leads:
+            print(
+                f"reference errors: {len(steps)} steps from step {steps[0]} on are computed once; kept in "
+                f"{self.errors.folder}",
+                flush=True,
+            )
+        wanted = iterate_steps(Subset(self._batches, steps), 0, len(steps), data.workers, data.prefetch_steps)
+        progress = tqdm(zip(steps, wanted, strict=True), "reference", len(steps), unit="step", disable=not leads)
+        found: list[Table] = []
+        for step, step_data in progress:
+            found.append(self._step_errors(step_data, chunks))
+            self._working()
+            if len(found) == _STEPS_PER_BLOCK or step == steps[-1]:
+                self._store(step, found)
+                found = []
+        self._take_what_is_stored()
+
+    def _step_errors(self, step: StepData, chunks: Sequence[Any]) -> Table:
+        """Of this replica's part of a step."""
+        keys = [np.stack([part.samples, part.epochs], axis=1).astype(np.int64) for part in step.planned]
+        errors = forward_errors(step.batches, chunks)
+        rows = [found.T.float().cpu().numpy() for found in errors if found is not None]
+        return np.concatenate(keys), np.concatenate(rows) if rows else np.empty((0, 2), np.float32)
+
+    def _store(self, last: int, found: list[Table]) -> None:
+        """Bring the errors of all replicas to rank 0, which writes them; `last`: the step they end with."""
+        shares: list[list[Table] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, found if _tells_for_its_replica() else None)
+        decided_by_rank_0(lambda: self._write(last, [part for share in shares for part in share or []]))
+
+    def _write(self, last: int, parts: list[Table]) -> None:
+        keys, errors = (np.concatenate(values) for values in zip(*parts, strict=True))
+        broken = keys[~np.isfinite(errors).all(1)]
+        if len(broken):
+            pairs = ", ".join(self._batches.builder.data.where(int(sample)) for sample in np.unique(broken[:4, 0]))
+            raise UserError(
+                f"the reference's error is not finite on {len(broken)} of {len(keys)} draws up to step {last + 1}: "
+                f"{pairs}{', ...' if len(broken) > 4 else ''}. Either their latents are not finite (make these pairs "
+                f"anew), or the weights of {self._reference.checkpoint} are not"
+            )
+        self._files().add(last, (keys, errors))
+
+    def _take_what_is_stored(self) -> None:
+        self.errors.take(decided_by_rank_0(lambda: self._files().read()))
 
 
 class SwappedReference:
@@ -136,8 +234,11 @@ class SwappedReference:
             for parameter in chunk.parameters()
         ]
 
+    def make_ready(self, model: list[WrappedChunk], steps: Sequence[int]) -> None:
+        """It is, for all data."""
+
     def with_errors(self, model: list[WrappedChunk], batches: list[Batch]) -> list[Batch]:
-        """The micro-batches of a step with the reference's errors; the weights are the trained ones again after it."""
+        """Computed here and now; the weights are the trained ones again after it."""
         with self.in_place(model):
             errors = forward_errors(batches, model)
         return [
@@ -162,22 +263,6 @@ class SwappedReference:
             trained = parameter.detach().to("cpu", copy=True)
             parameter.copy_(held)
             held.copy_(trained)
-
-
-@contextmanager
-def stored_reference(reference: Reference, model: list[WrappedChunk]) -> Iterator[None]:
-    """Within it the model computes with the reference's weights, read from its checkpoint; the trained ones wait in
-    host memory. For what happens seldom."""
-    finish_parameter_gathers(model)
-    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-    trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-    reference.load_into(model)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, held in zip(parameters, trained, strict=True):
-                parameter.copy_(held)
 
 
 @torch.no_grad()
@@ -210,32 +295,7 @@ def _forward_step(batches: Iterator[tuple[int, Batch]], model: torch.nn.Module) 
     return predict(batch, model), report
 
 
-# (keys [n, 2], errors [n, 2]) of one step on one replica.
-_Found = tuple[np.ndarray, np.ndarray]
-
-
-def _step_errors(planned: Sequence[PlannedBatch], builder: PairBatchBuilder, chunks: list[VideoDiT]) -> _Found:
-    keys = [np.stack([part.samples, part.epochs], axis=1).astype(np.int64) for part in planned]
-    errors = forward_errors([builder.build(part) for part in planned], chunks)
-    rows = [found.T.float().cpu().numpy() for found in errors if found is not None]
-    return np.concatenate(keys), np.concatenate(rows) if rows else np.empty((0, 2), np.float32)
-
-
-def _write_block(store: ReferenceErrors, start: int, end: int, found: list[_Found]) -> None:
-    """Bring the errors of all replicas to rank 0, which stores them."""
+def _tells_for_its_replica() -> bool:
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    first_of_replica = parallel_state.get_tensor_model_parallel_rank() == 0
-    tells = last and first_of_replica and parallel_state.get_context_parallel_rank() == 0
-    shares: list[list[_Found] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, found if tells else None)
-    if dist.get_rank() == 0:
-        told = [part for share in shares if share is not None for part in share]
-        keys, errors = (np.concatenate(parts) for parts in zip(*told, strict=True))
-        if len(keys) != len(errors) or not np.isfinite(errors).all():
-            raise UserError(f"{store.folder}: the reference's errors of steps {start} to {end} are not finite")
-        store.add(start, end, keys, errors)
-    dist.barrier()
-
-
-def _replica() -> tuple[int, int]:
-    return data_parallel_rank(), data_parallel_size()
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    return last and first and parallel_state.get_context_parallel_rank() == 0

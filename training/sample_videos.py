@@ -195,7 +195,20 @@ def _writes() -> bool:
 
 
 def decided_by_rank_0(decide: Any) -> Any:
-    """On a shared file system other ranks may see other files, and then wait for each other forever."""
-    box = [decide() if dist.get_rank() == 0 else None]
+    """What `decide` returns on rank 0, or its refusal, on all ranks.
+
+    On a shared file system other ranks may see other files, and then wait for each other forever.
+
+    Raises:
+        UserError: that of rank 0.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except UserError as refusal:
+            box[1] = str(refusal)
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
     return box[0]

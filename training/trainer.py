@@ -25,8 +25,9 @@ from training.events import EventLog
 from training.layer_norms import LayerProbe
 from training.optimizer import learning_rate, set_learning_rate
 from training.phases import Phases
+from training.preference import with_objective
 from training.rank_table import RankTable
-from training.reference_pass import SwappedReference
+from training.reference_pass import RunReference
 from training.refused_steps import name_batches
 from training.rollback import tell_spike
 from training.skipped_data import RemainingSteps, data_step
@@ -57,8 +58,8 @@ class Trainer:
     stop: StopSignal
     checkups: Checkups
     ranks: RankTable
-    reference: SwappedReference | None = None
-    """Of runs on preference pairs that compute the reference's errors in every step."""
+    reference: RunReference | None = None
+    """Of runs on preference pairs."""
     saver: CheckpointSaver = field(init=False)
     stragglers: StragglerWatch = field(init=False)
 
@@ -75,6 +76,9 @@ class Trainer:
 
     def steps_from_here(self) -> Iterator[StepData]:
         """The data of all steps to come; its position is the step number, nothing of the loader is stored."""
+        if self.reference is not None:
+            to_come = range(self.state.step, self.config.training.steps)
+            self.reference.make_ready(self.model, [data_step(step, self.state.skipped_data) for step in to_come])
         steps = iterate_steps(
             RemainingSteps(self.batches, self.state.skipped_data),
             self.state.step,
@@ -100,6 +104,7 @@ class Trainer:
         if self.reference is None:
             return batches
         self.phases.enter("forward_backward")
+        batches = with_objective(self.config, self.state.step, batches)
         return self.reference.with_errors(self.model, batches)
 
     def layer_probe(self) -> LayerProbe | None:

@@ -42,6 +42,17 @@ def test_label_smoothing_is_the_cross_entropy_of_a_soft_label() -> None:
     torch.testing.assert_close(loss_and_gradient(objective)[0], expected)
 
 
+def test_rdpo_is_the_loss_of_right_labels_in_the_mean_over_noisy_ones() -> None:
+    share = 0.3
+    robust, plain = Objective("rdpo", 12.0, label_smoothing=share), Objective("dpo", 12.0)
+    right, wrong = robust.losses(ERRORS, REFERENCE), robust.losses(ERRORS.flip(0), REFERENCE.flip(0))
+    torch.testing.assert_close((1 - share) * right + share * wrong, plain.losses(ERRORS, REFERENCE))
+    # Conservative DPO is not: it is least at a finite margin, log((1 - p) / p).
+    held = REFERENCE + torch.tensor([[-1.0], [1.0]]) * math.log((1 - share) / share) / 12.0
+    gradient = loss_and_gradient(Objective("dpo", 12.0, label_smoothing=share), held)[1]
+    torch.testing.assert_close(gradient, torch.zeros(2, 3), atol=1e-5, rtol=0)
+
+
 def test_ipo_is_least_at_its_finite_margin() -> None:
     beta = 8.0
     objective = Objective("ipo", beta)
@@ -100,7 +111,8 @@ def test_beta_follows_its_line() -> None:
         ({"beta": 0.0}, "beta=0.0 must be above 0"),
         ({"final_beta": -1.0}, "final_beta=-1.0"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "goes with loss: dpo alone"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "does not go with loss=ipo"),
+        ({"loss": "rdpo"}, "loss=rdpo needs label_smoothing"),
         ({"sft_weight": -0.1}, "sft_weight=-0.1"),
     ],
 )
