@@ -34,7 +34,11 @@ TARGET_FRAME_HEIGHT = 96
 
 
 def write_contact_sheet(
-    rows: Sequence[tuple[str, Image]], path: str | Path, columns: int = 6, scale: float | None = None
+    rows: Sequence[tuple[str, Image]],
+    path: str | Path,
+    columns: int = 6,
+    scale: float | None = None,
+    across: int | None = None,
 ) -> Path:
     """Write a PNG with one entry a video: its caption over `columns` frames, evenly spaced from first to last.
 
@@ -43,6 +47,7 @@ def write_contact_sheet(
         path: the PNG; its folder is made, and an older file is replaced only when the new one is complete.
         columns: most frames shown of one video.
         scale: enlargement of the frames; None picks a whole factor that makes small videos visible.
+        across: videos side by side; None: as many as make a wide picture.
 
     Raises:
         UserError: nothing to show, or frames that are not uint8 [T, H, W, 3].
@@ -63,7 +68,7 @@ def write_contact_sheet(
     # Every entry has room for the longest caption, so that the grid stays aligned.
     text_height = LINE_HEIGHT * max(map(len, captions))
     entries = [_entry(lines, strip, width, text_height) for lines, strip in zip(captions, strips, strict=True)]
-    _write_png(_grid(entries), path)
+    _write_png(_grid(entries, across), path)
     return path
 
 
@@ -116,10 +121,10 @@ def _text_width(text: str) -> int:
     return int(cv2.getTextSize((0, 0), text, (0, 0), cv2.FontFace("sans"), FONT_SIZE)[2])
 
 
-def _grid(entries: Sequence[Image]) -> Image:
+def _grid(entries: Sequence[Image], across: int | None) -> Image:
     width = max(entry.shape[1] for entry in entries) + MARGIN
     height = max(entry.shape[0] for entry in entries) + MARGIN
-    across = min(len(entries), max(1, TARGET_WIDTH // width))
+    across = min(len(entries), across or max(1, TARGET_WIDTH // width))
     down = math.ceil(len(entries) / across)
     sheet = np.full((down * height + MARGIN, across * width + MARGIN, 3), BACKGROUND, np.uint8)
     for number, entry in enumerate(entries):

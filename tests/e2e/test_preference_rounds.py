@@ -41,6 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seeds": 2,
         "score": ["brightness"],
         "judge": ["shape_motion"],
+        "reward_model": {"epochs": 2, "held_out": 0.27},
         "sampling": {"frames": 17, "height": 32, "width": 48, "fps": 8, "steps": 2, "guidance": 1.0, "time_shift": 1.0},
     }
     (folder / "rounds.yaml").write_text(yaml.safe_dump(settings))
@@ -64,18 +65,24 @@ def test_two_rounds_from_one_file(models: Path, capfd: pytest.CaptureFixture[str
     report = json.loads(result.stdout.splitlines()[-1])
     assert [item["pairs"] for item in report["rounds"]] == [4, 4]
     for item in report["rounds"]:
-        for judged in ("brightness", "shape_motion"):
+        for judged in ("brightness", "shape_motion", "reward model"):
             gain = item["gains"][judged]["over_the_start"]
             assert gain["wins"] + gain["ties"] + gain["losses"] == len(PROMPTS)
+        assert set(item["seconds"]) == {"generate", "score", "pair", "reward", "train", "evaluate", "judge"}
     root = models / "rounds"
     seeds = [
         [json.loads(line)["seed"] for line in (root / f"round_0{number}" / "prompts.jsonl").read_text().splitlines()]
         for number in (1, 2)
     ]
-    # The second round has noise of its own, and starts from the model of the first.
-    assert not set(seeds[0]) & set(seeds[1])
+    # Every video has noise of its own, in both rounds; the second starts from the model of the first.
+    assert len({*seeds[0], *seeds[1]}) == 2 * 2 * len(PROMPTS)
     config = yaml.safe_load((root / "round_02" / "train" / "config.yaml").read_text())
     assert config["run"]["initial_weights"] == str(root / "round_01" / "train")
+    # The second reward model goes on with the first, which knew how to judge the second's pairs before.
+    tuned = json.loads((root / "round_02" / "reward" / "reward_model.json").read_text())["trained"]
+    assert tuned["init"] == str(root / "round_01" / "reward")
+    assert report["rounds"][1]["reward_model"]["before"] == tuned["before"]
+    assert (root / "side_by_side.png").stat().st_size > 1000
     with pytest.raises(UserError, match="seeds: 2 there, 3 here"):
         rounds.main(["--config", str(models / "rounds.yaml"), "seeds=3"])
 

@@ -1,7 +1,8 @@
 """`megatron-video dpo rounds`: the whole loop from one YAML file, round after round, with each round's gain.
 
 Every step is a command of its own that goes on where it was interrupted; so does this one. `commands.log` in the folder
-holds each command as it could be typed, and what it printed.
+holds each command as it could be typed, and what it printed, `report.json` the gains and the seconds of every step,
+`side_by_side.png` what each round's model makes of the first prompts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import json
 import shlex
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +22,25 @@ from megatron_video.cli import run_command
 from megatron_video.config_io import load_config, save_config
 from megatron_video.errors import UserError
 from megatron_video.files import appearing, write_atomically
+from training.alignment.reward_model import CONFIG_FILE as REWARD_FILE
 from training.alignment.rounds_config import PRESET_DIR, RoundsConfig
+from training.alignment.side_by_side import write_side_by_side
 from training.alignment.win_rate import compare
 from training.demo_process import run_streamed
 from training.sample_prompts import read_prompts, with_seeds
 
 # Exit codes of a training that saved and is to be started again, and of Ctrl-C.
 _STOPPED = (130, 143)
+_TIMES_FILE = "times.jsonl"
+_SEEDS_APART = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Command:
     """One step of a round."""
 
+    step: str
+    """Its name in the report."""
     module: str
     """What Python runs."""
     arguments: list[str]
@@ -55,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         for command in steps_of(config, root, number):
             if command.done.exists():
                 continue
-            code = _run(command, config.launcher, root)
+            code = _run(command, config.launcher, root, number)
             if code in _STOPPED:
                 return code
             if code:
@@ -65,31 +74,56 @@ def main(argv: Sequence[str]) -> int:
                 )
     report = _report(config, root)
     write_atomically(root / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    folders = {_called(number): root / f"round_{number:02d}" / "evaluation" for number in range(config.rounds + 1)}
+    write_side_by_side(folders, root / "side_by_side.png")
     print(json.dumps(report) if arguments.json else _table(report))
     return 0
 
 
 def steps_of(config: RoundsConfig, root: Path, number: int) -> Iterator[Command]:
     """Commands of a round; of round 0, those that judge the start."""
-    folder, model = root / f"round_{number:02d}", _model(config, root, number)
-    sampling = [*config.sampling.options(), "--vae", config.vae, "--text", config.text]
+    folder = root / f"round_{number:02d}"
     if number:
-        samples, pairs = folder / "samples", folder / "pairs"
         before = _model(config, root, number - 1)
-        prompts = _round_prompts(config, folder, number)
-        source = ["--checkpoint", before, "--prompts", str(prompts), "--out", str(samples)]
-        yield Command("training.alignment.generate", [*source, *sampling], samples / "contact_sheet.png", launched=True)
-        yield _scored(samples, "scores.jsonl", config.score)
-        out = ["--samples", str(samples), "--out", str(pairs)]
-        yield Command("training.alignment.pair", [*out, *config.pairing.options()], pairs / "pairs_report.json")
-        yield Command("training.dpo", _training(config, folder, number, before), folder / "trained", launched=True)
+        yield _generated(config, "generate", before, _round_prompts(config, folder, number), folder / "samples")
+        yield _scored("score", folder / "samples", "scores.jsonl", config.score)
+        out = ["--samples", str(folder / "samples"), "--out", str(folder / "pairs"), *config.pairing.options()]
+        yield Command("pair", "training.alignment.pair", out, folder / "pairs" / "pairs_report.json")
+        yield from _reward_model(config, root, number)
+        yield Command(
+            "train", "training.dpo", _training(config, folder, number, before), folder / "trained", launched=True
+        )
     evaluation = folder / "evaluation"
-    source = ["--checkpoint", model, "--prompts", config.evaluation_prompts, "--out", str(evaluation)]
-    # With latents, which reward models look at.
-    yield Command("training.alignment.generate", [*source, *sampling], evaluation / "contact_sheet.png", launched=True)
-    yield _scored(evaluation, "scores.jsonl", config.score)
+    yield _generated(config, "evaluate", _model(config, root, number), Path(config.evaluation_prompts), evaluation)
+    yield _scored("judge", evaluation, "scores.jsonl", config.score)
     for place, judge in enumerate(config.judge):
-        yield _scored(evaluation, _judge_file(place), [judge])
+        yield _scored("judge", evaluation, _judge_file(place), [judge])
+    if number and config.reward_model is not None:
+        # One judge, the newest, of all that is compared in the report.
+        model = f"reward:{_reward_folder(root, number)}"
+        for other in sorted({0, number - 1, number}):
+            yield _scored("judge", root / f"round_{other:02d}" / "evaluation", _reward_judge_file(number), [model])
+
+
+def _generated(config: RoundsConfig, step: str, model: str, prompts: Path, out: Path) -> Command:
+    # With latents always: reward models look at them.
+    arguments = ["--checkpoint", model, "--prompts", str(prompts), "--out", str(out), *config.sampling.options()]
+    encoders = ["--vae", config.vae, "--text", config.text]
+    return Command(
+        step, "training.alignment.generate", [*arguments, *encoders], out / "contact_sheet.png", launched=True
+    )
+
+
+def _reward_model(config: RoundsConfig, root: Path, number: int) -> Iterator[Command]:
+    """Train a reward model on the round's pairs, from the round before's if there is one."""
+    if config.reward_model is None:
+        return
+    out = _reward_folder(root, number)
+    arguments = ["--pairs", str(root / f"round_{number:02d}" / "pairs"), "--out", str(out)]
+    init = ["--init", str(_reward_folder(root, number - 1))] if number > 1 else []
+    yield Command(
+        "reward", "training.alignment.reward", [*arguments, *init, *config.reward_model.options()], out / REWARD_FILE
+    )
 
 
 def _training(config: RoundsConfig, folder: Path, number: int, before: str) -> list[str]:
@@ -103,10 +137,10 @@ def _training(config: RoundsConfig, folder: Path, number: int, before: str) -> l
     return ["--config", config.config, *(f"{name}={value}" for name, value in own.items()), *config.train]
 
 
-def _scored(folder: Path, file: str, scorers: Sequence[str]) -> Command:
+def _scored(step: str, folder: Path, file: str, scorers: Sequence[str]) -> Command:
     chosen = [word for scorer in scorers for word in ("--with", scorer)]
     arguments = ["--samples", str(folder), "--out", str(folder / file), *chosen]
-    return Command("training.alignment.score", arguments, folder / f"{file}.done")
+    return Command(step, "training.alignment.score", arguments, folder / f"{file}.done")
 
 
 def _model(config: RoundsConfig, root: Path, number: int) -> str:
@@ -117,23 +151,43 @@ def _judge_file(place: int) -> str:
     return f"judge_{place}.jsonl"
 
 
+def _called(number: int) -> str:
+    return f"round {number}" if number else "start"
+
+
+def _reward_folder(root: Path, number: int) -> Path:
+    return root / f"round_{number:02d}" / "reward"
+
+
+def _reward_judge_file(number: int) -> str:
+    return f"judge_reward_{number:02d}.jsonl"
+
+
 def _round_prompts(config: RoundsConfig, folder: Path, number: int) -> Path:
     """The prompts with this round's seeds, as a file of the round."""
     path = folder / "prompts.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         prompts = with_seeds(read_prompts(Path(config.prompts), 0), config.seeds)
-        # Rounds a million apart: no seed comes twice, whatever the file gives.
-        lines = [{"prompt": prompt.text, "seed": (number - 1) * 1_000_000 + prompt.seed} for prompt in prompts]
+        # Prompts that bring no seed get seeds of their own; no round has a seed of another.
+        seeds = [prompt.seed + prompt.noise_index * config.seeds for prompt in prompts]
+        lines = [
+            {"prompt": prompt.text, "seed": (number - 1) * _SEEDS_APART + seed}
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return path
 
 
-def _run(command: Command, launcher: Sequence[str], root: Path) -> int:
+def _run(command: Command, launcher: Sequence[str], root: Path, number: int) -> int:
     start = [*launcher, "-m"] if command.launched and launcher else [sys.executable, "-m"]
     words = [*start, command.module, *command.arguments]
     print(f"== {shlex.join(words)}", flush=True)
+    begun = time.monotonic()
     code = run_streamed(words, root / "commands.log")
+    with (root / _TIMES_FILE).open("a", encoding="utf-8") as lines:
+        seconds = round(time.monotonic() - begun, 1)
+        lines.write(json.dumps({"round": number, "step": command.step, "seconds": seconds, "exit_code": code}) + "\n")
     # Samples and pairs have a file that comes last; trainings and scores get a mark.
     if code == 0 and not command.done.exists():
         write_atomically(command.done, b"")
@@ -165,11 +219,10 @@ def _claim(config: RoundsConfig, root: Path) -> None:
 
 def _report(config: RoundsConfig, root: Path) -> dict[str, Any]:
     """Gain of every round over the one before and over the start, by what trained and by each judge."""
-    files = {"+".join(config.score): "scores.jsonl"}
-    files |= {judge: _judge_file(place) for place, judge in enumerate(config.judge)}
     rounds = []
     for number in range(1, config.rounds + 1):
         here, before, start = (root / f"round_{n:02d}" / "evaluation" for n in (number, number - 1, 0))
+        files = _judges(config, number)
         gains = {
             name: {
                 "over_the_round_before": compare(before, here, file).values(),
@@ -179,9 +232,41 @@ def _report(config: RoundsConfig, root: Path) -> dict[str, Any]:
         }
         pairs = json.loads((root / f"round_{number:02d}" / "pairs" / "pairs_report.json").read_text(encoding="utf-8"))
         rounds.append(
-            {"round": number, "pairs": pairs["pairs"], "mean_margin": pairs["margin"]["mean"], "gains": gains}
+            {
+                "round": number,
+                "pairs": pairs["pairs"],
+                "mean_margin": pairs["margin"]["mean"],
+                "gains": gains,
+                **_reward_quality(config, root, number),
+                "seconds": _seconds(root, number),
+            }
         )
-    return {"output_dir": str(root), "rounds": rounds}
+    return {"output_dir": str(root), "seconds_of_the_start": _seconds(root, 0), "rounds": rounds}
+
+
+def _judges(config: RoundsConfig, number: int) -> dict[str, str]:
+    """Files of scores in an evaluation of a round, by what they are called."""
+    files = {"+".join(config.score): "scores.jsonl"}
+    files |= {judge: _judge_file(place) for place, judge in enumerate(config.judge)}
+    return files | ({"reward model": _reward_judge_file(number)} if config.reward_model is not None else {})
+
+
+def _reward_quality(config: RoundsConfig, root: Path, number: int) -> dict[str, Any]:
+    """How the reward model judges held-out pairs of the round, before and after it was tuned on the others."""
+    if config.reward_model is None:
+        return {}
+    trained = json.loads((_reward_folder(root, number) / REWARD_FILE).read_text(encoding="utf-8"))["trained"]
+    return {"reward_model": {name: trained[name] for name in ("before", "held_out")}}
+
+
+def _seconds(root: Path, number: int) -> dict[str, float]:
+    """Wall time of the steps of a round, over all starts."""
+    total: Counter[str] = Counter()
+    for line in (root / _TIMES_FILE).read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        if values["round"] == number:
+            total[values["step"]] += values["seconds"]
+    return {step: round(seconds, 1) for step, seconds in total.items()}
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -193,6 +278,13 @@ def _table(report: dict[str, Any]) -> str:
                 f"{item['round']:>5}  {item['pairs']:>5}  {name:<20}  {before['win_rate']:>10.1%}{'':<20}"
                 f"{start['win_rate']:>10.1%}{'':<8}{start['mean_before']:.4g} -> {start['mean_after']:.4g}"
             )
+        if "reward_model" in item:
+            before, after = item["reward_model"]["before"], item["reward_model"]["held_out"]
+            lines.append(
+                f"       the reward model is right on {before['accuracy']:.1%} of {before['pairs']} held-out pairs of "
+                f"the round, {after['accuracy']:.1%} once tuned"
+            )
+        lines.append(f"       {sum(item['seconds'].values()):.0f} s")
     return "\n".join(lines)
 
 

@@ -47,6 +47,19 @@ class PairingConfig:
 
 
 @config_dataclass
+class RewardConfig:
+    """The reward model of the rounds; as the options of `megatron-video dpo reward`."""
+
+    epochs: int = 30
+    held_out: float = 0.1
+    """Share of the prompts whose pairs only validate."""
+
+    def options(self) -> list[str]:
+        """For the command line."""
+        return [word for name, value in vars(self).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@config_dataclass
 class RoundsConfig:
     """Rounds of generate, score, pair, train; each begins with the model that the one before ended with."""
 
@@ -71,6 +84,9 @@ class RoundsConfig:
     """Scorers as `megatron-video dpo score --with` takes them; gains are told by them too."""
     judge: list[str] = field(default_factory=list)
     """Further scorers that only judge: what training has not seen."""
+    reward_model: RewardConfig | None = None
+    """Train a reward model on the pairs of the first round, tune it on those of every later one, and let it judge each
+    round; null: none."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Generation."""
     pairing: PairingConfig = field(default_factory=PairingConfig)
