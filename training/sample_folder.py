@@ -15,10 +15,11 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import FileWriter
 
-from megatron_video.contact_sheet import write_contact_sheet
+from megatron_video.contact_sheet import evenly_spaced, write_contact_sheet
 from megatron_video.errors import UserError
 from megatron_video.files import appearing, write_atomically
 from megatron_video.video_io import read_frames, write_mp4
+from training.sample_latents import latent_file
 from training.sample_prompts import Prompt
 
 Frames = npt.NDArray[np.uint8]
@@ -27,6 +28,8 @@ SETTINGS_FILE, LISTING_FILE, SHEET_FILE = "settings.json", "samples.jsonl", "con
 # More would make a picture that no viewer opens.
 _MOST_ON_SHEET = 64
 _SHEET_COLUMNS = 3
+# Longest side of sample videos in TensorBoard, which holds them as GIFs; the mp4 has all of them.
+BOARD_PIXELS = 384
 
 
 class SampleFolder:
@@ -64,6 +67,10 @@ class SampleFolder:
         """Indices of the prompts without a sample."""
         return [prompt.index for prompt in self.prompts if not self.file(prompt).is_file()]
 
+    def undecoded(self) -> list[int]:
+        """Indices of the prompts whose latent is there, and no sample."""
+        return [index for index in self.missing() if latent_file(self.path, index).is_file()]
+
     def write(self, prompt: Prompt, frames: Frames, fps: float) -> None:
         """Write one sample, frames uint8 [T, H, W, 3]; the video comes last: its presence means done."""
         sheet = self.path / f"{prompt.index:05d}_sheet.png"
@@ -96,8 +103,18 @@ class SampleFolder:
     def write_sheet(self) -> None:
         """One picture of all samples, of the first 64 if there are more."""
         # Read back from disk: earlier runs made some of them, and this is what a viewer sees.
-        rows = [(prompt.text, read_frames(self.file(prompt))) for prompt in self.prompts[:_MOST_ON_SHEET]]
+        rows = [(prompt.text, self._shown_frames(prompt)) for prompt in self.prompts[:_MOST_ON_SHEET]]
         write_contact_sheet(rows, self.path / SHEET_FILE, columns=_SHEET_COLUMNS)
+
+    def finish(self) -> None:
+        """Write what tells of all samples, once they are there."""
+        self.write_listing()
+        self.write_sheet()
+
+    def _shown_frames(self, prompt: Prompt) -> Frames:
+        frames: Frames = read_frames(self.file(prompt))
+        # A copy of those alone: 64 whole videos of 204 frames are 20 GB.
+        return frames[evenly_spaced(len(frames), _SHEET_COLUMNS)]
 
     def _refuse_other_contents(self) -> None:
         path = self.path / SETTINGS_FILE
@@ -148,7 +165,8 @@ class SampleBoard:
 
     def add(self, prompt: Prompt, frames: Frames, fps: float, step: int) -> None:
         """Add frames uint8 [T, H, W, 3] under the prompt's number, at the training step of the weights."""
-        self._writer.add_summary(video_summary(f"samples/{prompt.index:05d}", frames, fps, prompt.text), step)
+        small = shrunk(frames, BOARD_PIXELS)
+        self._writer.add_summary(video_summary(f"samples/{prompt.index:05d}", small, fps, prompt.text), step)
         # Visible at once: sampling large videos takes minutes each.
         self._writer.flush()
 

@@ -33,10 +33,17 @@ def latent_file(folder: Path, index: int) -> Path:
 
 
 def write_latent(path: Path, latent: Tensor, states: TextStates) -> None:
-    """Store the latent [t, z, h, w] and the text of one sample; the file appears whole."""
+    """Store the latent [t, z, h, w] and the text of one sample; the file appears whole.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk.
+    """
     tensors = {"latent": to_stored(latent), "llm": to_stored(states.llm), "clip": to_stored(states.clip)}
-    with appearing(path) as temporary:
-        save_file(tensors, temporary)
+    try:
+        with appearing(path) as temporary:
+            save_file(tensors, temporary)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {error}; give the same command again when it can") from None
 
 
 def read_latent(path: Path) -> SampledLatent:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,29 @@ from torch import Tensor
 from megatron_video.errors import UserError
 from megatron_video.flops import LatentShape
 from megatron_video.noise import NoiseSource
+from training.prompt_files import OWN_FIELDS, Row, read_rows
 
 _NOISE_STAGE = "sample"
-_OWN_FIELDS = ("prompt", "seed")
+CATEGORY = "category"
+
+STEP_VIDEO_T2V_EVAL = "step-video-t2v-eval"
+# list -> categories with their numbers of prompts, in order. The released list of Step-Video-T2V-Eval has lines
+# alone; the sums of Table 7 (arXiv 2502.10248) say which are of which category.
+PROMPT_LISTS: dict[str, dict[str, int]] = {
+    STEP_VIDEO_T2V_EVAL: {
+        "Sports": 12,
+        "Food": 11,
+        "Scenery": 12,
+        "Animals": 12,
+        "Festivals": 11,
+        "Combined Concepts": 12,
+        "Surreal": 11,
+        "People": 12,
+        "3D Animation": 12,
+        "Cinematography": 11,
+        "Style": 12,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +47,9 @@ class Prompt:
     text: str
     seed: int
     noise_index: int
-    """With `seed`, the key of the initial noise: the place in the file, or 0 where the file gives the seed."""
+    """With `seed`, the key of the initial noise: the place in the file, or 0 where the file gives the seed alone."""
     tags: dict[str, Any] = field(default_factory=dict)
-    """What else the line said; passed on to samples.jsonl."""
+    """What else the line said, such as a category; passed on to samples.jsonl."""
 
     def noise(self, shape: LatentShape, channels: int) -> Tensor:
         """Initial noise [1, T, channels, h, w], fp32: of this prompt alone, whatever batch or rank it is sampled in."""
@@ -36,45 +57,109 @@ class Prompt:
         return NoiseSource(self.seed, _NOISE_STAGE).noise(0, self.noise_index, size)
 
 
-def read_prompts(path: Path, seed: int, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a text file (one a line) or of a .jsonl file ({"prompt": ..., "seed": ...}, seed optional).
+def read_prompts(
+    path: Path, seed: int, limit: int | None = None, categories: Mapping[str, int] | None = None
+) -> list[Prompt]:
+    """Prompts of a file: one a line (.txt), JSON lines (.jsonl), or a table with a header (.csv, .tsv).
 
-    A seed in the file decides the noise alone, so such a line makes the same video in any file.
+    The fields of a line are `prompt`, `seed` and `category`, the last two optional; further ones are kept as tags. A
+    seed in the file decides the noise alone, so such a line makes the same video in any file.
+
+    Args:
+        path: the file.
+        seed: of prompts that bring none.
+        limit: only the first so many.
+        categories: numbers of prompts by category, in the order of the file, which names none itself.
 
     Raises:
-        UserError: the file cannot be read, holds no prompt, or a line of it is wrong.
+        UserError: the file cannot be read, holds no prompt, a line of it is wrong, two lines make the same sample, or
+            the categories are not those of the file.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} is not readable as a text file: {error}") from None
-    # Line numbers for errors, before empty lines go.
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise UserError(f"--prompts {path} holds no prompt")
-    if path.suffix != ".jsonl":
-        return [Prompt(i, line, seed, i) for i, (_, line) in enumerate(numbered[:limit])]
-    return [_parse(i, line, seed, f"{path}, line {number}") for i, (number, line) in enumerate(numbered[:limit])]
+    rows = read_rows(path)
+    if categories is not None:
+        rows = _with_categories(rows, categories, path)
+    prompts = [_prompt(index, row, seed) for index, row in enumerate(rows)]
+    _refuse_twice(prompts, [row.where for row in rows])
+    return prompts[:limit]
 
 
 def with_seeds(prompts: list[Prompt], seeds: int) -> list[Prompt]:
-    """Every prompt with its seed and the `seeds` - 1 that follow it; videos of one prompt are next to each other."""
+    """Every prompt with its seed and the `seeds` - 1 that follow it; videos of one prompt are next to each other.
+
+    Raises:
+        UserError: the file gives a prompt seeds that are nearer to each other than that.
+    """
     repeated = [replace(prompt, seed=prompt.seed + number) for prompt in prompts for number in range(seeds)]
+    _refuse_twice(repeated, [f"--seeds {seeds}"] * len(repeated))
     return [replace(prompt, index=index) for index, prompt in enumerate(repeated)]
 
 
-def _parse(index: int, line: str, seed: int, where: str) -> Prompt:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-        raise UserError(f'{where}: expected {{"prompt": "...", "seed": ...}}, found {line[:80]}')
-    own_seed = values.get("seed")
-    # true is an int to Python, and a mistake here.
-    if own_seed is not None and (isinstance(own_seed, bool) or not isinstance(own_seed, int)):
-        raise UserError(f"{where}: seed={own_seed!r} must be a whole number")
-    tags = {key: value for key, value in values.items() if key not in _OWN_FIELDS}
+def parse_categories(text: str) -> dict[str, int]:
+    """Numbers of prompts by category from `NAME=COUNT,NAME=COUNT...` or the name of a known list.
+
+    Raises:
+        UserError: neither of both.
+    """
+    if text in PROMPT_LISTS:
+        return PROMPT_LISTS[text]
+    found: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, count = item.strip().rpartition("=")
+        if not name.strip() or name.strip() in found or not re.fullmatch("[1-9][0-9]*", count):
+            raise UserError(
+                f"--categories {text}: {item.strip()!r} is not NAME=COUNT with a name of its own and a count above 0; "
+                f"known lists: {', '.join(PROMPT_LISTS)}"
+            )
+        found[name.strip()] = int(count)
+    return found
+
+
+def _with_categories(rows: Sequence[Row], categories: Mapping[str, int], path: Path) -> list[Row]:
+    own = next((row.where for row in rows if CATEGORY in row.values), None)
+    if own is not None:
+        raise UserError(f"--categories, and {own} brings a category of its own; leave one of them out")
+    if sum(categories.values()) != len(rows):
+        raise UserError(
+            f"--categories count {sum(categories.values())} prompts ({len(categories)} categories), "
+            f"--prompts {path} holds {len(rows)}"
+        )
+    names = [name for name, count in categories.items() for _ in range(count)]
+    return [row._replace(values=row.values | {CATEGORY: name}) for row, name in zip(rows, names, strict=True)]
+
+
+def _prompt(index: int, row: Row, seed: int) -> Prompt:
+    text = str(row.values.get("prompt", ""))
+    if not text.strip():
+        raise UserError(f"{row.where}: the prompt is empty")
+    category = row.values.get(CATEGORY)
+    if category is not None and (not isinstance(category, str) or not category.strip()):
+        raise UserError(f"{row.where}: category={category!r} must be a text that is not empty, or left out")
+    tags = {name: value for name, value in row.values.items() if name not in OWN_FIELDS}
+    tags |= {} if category is None else {CATEGORY: category.strip()}
+    own_seed = _whole_number(row, "seed")
     if own_seed is None:
-        return Prompt(index, values["prompt"], seed, index, tags)
-    return Prompt(index, values["prompt"], own_seed, 0, tags)
+        return Prompt(index, text, seed, index, tags)
+    return Prompt(index, text, own_seed, _whole_number(row, "noise_index") or 0, tags)
+
+
+def _whole_number(row: Row, name: str) -> int | None:
+    value = row.values.get(name)
+    if isinstance(value, str) and re.fullmatch("-?[0-9]+", value):
+        return int(value)
+    # true is an int to Python, and a mistake here.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UserError(f"{row.where}: {name}={value!r} must be a whole number")
+    return value
+
+
+def _refuse_twice(prompts: Sequence[Prompt], where: Sequence[str]) -> None:
+    """What follows tells samples apart by prompt and seed."""
+    first: dict[tuple[str, int], str] = {}
+    for prompt, place in zip(prompts, where, strict=True):
+        key = (prompt.text, prompt.seed)
+        if key in first:
+            raise UserError(
+                f"{place}: {prompt.text[:60]!r} with seed {prompt.seed} is there already ({first[key]}); leave it out, "
+                "or give it another seed (several videos of every prompt: --seeds)"
+            )
+        first[key] = place

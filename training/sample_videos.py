@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_video.buckets import Bucket, parse_bucket
 from megatron_video.device import DeviceInfo
 from megatron_video.errors import UserError
 from megatron_video.fingerprint import vae_fingerprint
-from megatron_video.generation import generate_latents, to_pixels
+from megatron_video.generation import to_pixels
 from megatron_video.parallel import data_parallel_rank, data_parallel_size
 from megatron_video.scheduler import sigmas
 from megatron_video.vae import VideoVAE, load_vae
 from training.config import PretrainConfig
 from training.data_set import TrainingData
 from training.optimizer import WrappedChunk
-from training.pipeline_forward import PipelineForward
 from training.prompt_states import PromptStates, prepare_prompts
 from training.sample_folder import SampleFolder
 from training.sample_prompts import Prompt
+from training.sample_ranks import Sampler, complete_folder, share, writes_for_replica
+from training.sample_ranks import decided_by_rank_0 as decided_by_rank_0
 
 SAMPLES_FOLDER = "samples"
 
@@ -67,18 +66,8 @@ class SampleVideos:
         settings = {"step": step, "weights": weights, "vae": self.vae_fingerprint, **self._settings()}
         path, missing = decided_by_rank_0(lambda: self._next_folder(settings))
         folder = self._open(path, settings)
-        # Nobody may find the folder half made.
-        dist.barrier()
-        if dist.get_rank() == 0:
-            folder.claim({"vae": str(self.config.vae), "text": str(self.config.text)})
-        dist.barrier()
-        if missing:
-            self._sample(model, folder, missing)
-        # Every replica's files are there from here on.
-        dist.barrier()
-        if dist.get_rank() == 0:
-            folder.write_listing()
-            folder.write_sheet()
+        sources = {"vae": str(self.config.vae), "text": str(self.config.text)}
+        complete_folder(folder, sources, lambda: self._sample(model, folder, missing))
         return folder
 
     def _next_folder(self, settings: dict[str, Any]) -> tuple[Path, list[int]]:
@@ -99,10 +88,12 @@ class SampleVideos:
         return SampleFolder(path, settings, self.texts.prompts, is_image=self.size.frames == 1)
 
     def _sample(self, model: list[WrappedChunk], folder: SampleFolder, missing: list[int]) -> None:
+        if not missing:
+            return
         for chunk in model:
             chunk.eval()
         try:
-            vae = self._load_vae() if _writes() else None
+            vae = self._load_vae() if writes_for_replica() else None
             for batch, counts in self._share(model, missing):
                 latents = self._latents(model, batch)
                 for prompt, latent in zip(batch, latents, strict=True):
@@ -115,22 +106,19 @@ class SampleVideos:
 
     def _latents(self, model: list[WrappedChunk], batch: list[Prompt]) -> torch.Tensor:
         """[b, T, C, h, w] fp32 on every rank of the replica; the noise is a function of the prompts."""
-        states = [self.texts.states[prompt.index].to(self.device, torch.bfloat16) for prompt in batch]
-        noise = torch.cat([prompt.noise(self.size.latent_shape, self._model.in_channels) for prompt in batch])
-        return generate_latents(
-            PipelineForward(model),
-            states,
-            self.texts.negative.to(self.device, torch.bfloat16),
-            noise.to(self.device),
+        sampler = Sampler(
+            self.size.latent_shape,
             sigmas(self.config.steps, self.config.time_shift),
             self.config.guidance,
-            fps=self.config.fps if self._model.use_additional_conditions else None,
+            self.config.fps if self._model.use_additional_conditions else None,
         )
+        states = [self.texts.states[prompt.index] for prompt in batch]
+        return sampler.latents(model, batch, states, self.texts.negative, self.device)
 
     def _share(self, model: list[WrappedChunk], missing: list[int]) -> list[tuple[list[Prompt], bool]]:
         """This replica's batches, and whether they count."""
         size, batch_size = data_parallel_size(), self.config.batch_size
-        ours = [self.texts.prompts[index] for index in missing[data_parallel_rank() :: size]]
+        ours = [self.texts.prompts[index] for index in share(missing, data_parallel_rank(), size)]
         batches = [(ours[first : first + batch_size], True) for first in range(0, len(ours), batch_size)]
         if model[0].ddp_config.use_megatron_fsdp:
             # Replicas gather weights together, so all of them make as many passes as the busiest.
@@ -146,7 +134,8 @@ class SampleVideos:
 
     def _check_vae(self, wanted: str) -> str:
         assert self.config.vae is not None
-        found: str = decided_by_rank_0(lambda: _vae_fingerprint(Path(str(self.config.vae))))
+        path = Path(self.config.vae)
+        found = decided_by_rank_0(lambda: vae_fingerprint(path))
         refuse_other_vae(self.config.vae, found, wanted)
         return found
 
@@ -176,39 +165,3 @@ def refuse_other_vae(vae: str, found: str, wanted: str) -> None:
 def _largest(data: TrainingData) -> Bucket:
     buckets = [parse_bucket(name) for name in data.shapes]
     return max(buckets, key=lambda bucket: (bucket.latent_shape.tokens, bucket))
-
-
-def _vae_fingerprint(path: Path) -> str:
-    try:
-        return vae_fingerprint(path)
-    except UserError as refusal:  # told by all ranks, as no fingerprint
-        return str(refusal)
-
-
-def _writes() -> bool:
-    """Whether this rank decodes and writes for its replica."""
-    return not (
-        parallel_state.get_tensor_model_parallel_rank()
-        or parallel_state.get_context_parallel_rank()
-        or parallel_state.get_pipeline_model_parallel_rank()
-    )
-
-
-def decided_by_rank_0(decide: Any) -> Any:
-    """What `decide` returns on rank 0, or its refusal, on all ranks.
-
-    On a shared file system other ranks may see other files, and then wait for each other forever.
-
-    Raises:
-        UserError: that of rank 0.
-    """
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = decide()
-        except UserError as refusal:
-            box[1] = str(refusal)
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]

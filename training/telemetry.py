@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 # Those whose version can change a number.
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "safetensors", "webdataset", "tensorboard")
 
-# Longest side of sample videos in TensorBoard, which holds them as GIFs; the mp4 has all of them.
-_BOARD_PIXELS = 384
-
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -161,12 +158,12 @@ class Telemetry:
             return
         # Here, as for the board: they take a second to import.
         from megatron_video.video_io import read_frames
-        from training.sample_folder import shrunk, video_summary
+        from training.sample_folder import BOARD_PIXELS, shrunk, video_summary
 
         writer: Any = self._board.file_writer
         for prompt in folder.prompts:
             # As they lie on disk: other ranks made some of them.
-            frames = shrunk(read_frames(folder.file(prompt)), _BOARD_PIXELS)
+            frames = shrunk(read_frames(folder.file(prompt)), BOARD_PIXELS)
             writer.add_summary(video_summary(f"samples/{prompt.index:05d}", frames, fps, prompt.text), step)
         self._board.flush()
         self.say(f"step {step}: {len(folder.prompts)} samples in {folder.path} in {seconds:.1f} s")

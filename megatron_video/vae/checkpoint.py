@@ -37,15 +37,24 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     """
     path = Path(path)
     weights_path = _weights_path(path)
-    # The released folder has none.
-    bare = not path.is_dir() or (weights_path.name == RELEASED_FILE and not (path / CONFIG_FILE).exists())
-    config = VAEConfig() if bare else _read_config(path / CONFIG_FILE)
+    config = read_vae_config(path)
     weights = _read_weights(weights_path, device)
     with torch.device("meta"):
         vae = VideoVAE(config)
     check_weights(vae, weights, str(weights_path))
     vae.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     return to_channels_last(vae).eval().requires_grad_(False)
+
+
+def read_vae_config(path: Path) -> VAEConfig:
+    """Sizes of the Video-VAE that `load_vae` would read from `path`.
+
+    Raises:
+        UserError: config.json is missing where it is needed, or unreadable.
+    """
+    # The released folder has none.
+    bare = not path.is_dir() or (_weights_path(path).name == RELEASED_FILE and not (path / CONFIG_FILE).exists())
+    return VAEConfig() if bare else _read_config(path / CONFIG_FILE)
 
 
 def _weights_path(path: Path) -> Path:

@@ -206,7 +206,7 @@ def test_negative_prompt_counts(models: Path, samples: Path, tmp_path: Path) -> 
         ("--guidance", "nan", "guidance=nan"),
         ("--steps", "0", "steps=0"),
         ("--batch-size", "0", "--batch-size 0"),
-        ("--tensor-parallel-size", "3", "nearest that work: parallel.tensor_model_parallel_size=1"),
+        ("--tensor-parallel-size", "3", "nearest that work: --tensor-parallel-size 1"),
         ("--vae", "/nowhere", "--vae /nowhere"),
         ("--text", "/nowhere", "/nowhere holds no text encoders"),
         ("--checkpoint", "/nowhere", "/nowhere is not a folder"),
@@ -241,10 +241,10 @@ def _write(path: Path, text: str) -> Path:
 def test_prompt_files(tmp_path: Path) -> None:
     text = read_prompts(_write(tmp_path / "p.txt", "one\n\n two \n三\n"), seed=5)
     assert [(p.text, p.seed, p.noise_index) for p in text] == [("one", 5, 0), ("two", 5, 1), ("三", 5, 2)]
-    lines = '{"prompt": "a", "seed": 9, "category": "x"}\n{"prompt": ""}\n'
+    lines = '{"prompt": "a", "seed": 9, "category": "x"}\n{"prompt": " b"}\n'
     own, given = read_prompts(_write(tmp_path / "p.jsonl", lines), seed=5)
     assert (own.seed, own.noise_index, own.tags) == (9, 0, {"category": "x"})
-    assert (given.seed, given.noise_index, given.text) == (5, 1, "")
+    assert (given.seed, given.noise_index, given.text) == (5, 1, " b")
 
 
 def test_a_seeded_prompt_has_the_same_noise_in_any_file(tmp_path: Path) -> None:
