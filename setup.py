@@ -36,6 +36,11 @@ REQUIRED = [
     "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
     "rich>=13,<16",  # `watch`
+    # `dpo rate`: the page's server; statistics of votes
+    "waitress>=3,<4",
+    "werkzeug>=3,<4",
+    "krippendorff>=0.8,<1",
+    "choix>=0.4,<0.5",
 ]
 
 EXTRAS = {
@@ -66,6 +71,7 @@ EXTRAS = {
         "peft>=0.17,<0.22",  # its merge is what `ckpt convert --lora` is compared with
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",  # the suite in one process a core
+        "playwright>=1.50,<2",  # drives the system's chromium; its own browsers are not needed
         "hypothesis>=6,<7",
         "ruff>=0.8,<1",
         "mypy>=1.13,<3",
@@ -85,7 +91,7 @@ setup(
     packages=find_packages(include=["megatron_video*", "data_prep*", "training*", "checkpoints_tools*", "slurm*"]),
     package_data={
         "megatron_video": ["VERSION"],
-        "training": ["configs/*/*.yaml"],
+        "training": ["configs/*/*.yaml", "alignment/rating/page/*"],
         "data_prep": ["*.yaml"],
         "slurm": ["*.sh", "*.sbatch", "profiles/*.yaml", "chains/*.yaml"],
     },

@@ -16,12 +16,13 @@ STEPS: dict[str, tuple[str, str]] = {
         "prompts x seeds -> videos with their latents (torchrun for several ranks)",
     ),
     "score": ("training.alignment.score", "a number for every video: rewards, your own function, a reward model"),
+    "rate": ("training.alignment.rating.rate", "a local web page: people compare videos, two at a time"),
     "pair": ("training.alignment.pair", "scored videos -> shards of preference pairs, with statistics"),
-    "reward": ("training.alignment.reward", "train a reward model on pairs, validated on held-out prompts"),
     "features": (
         "training.alignment.features",
         "what the DiT makes of latents, for a reward model (torchrun for several ranks)",
     ),
+    "reward": ("training.alignment.reward", "train a reward model on pairs, validated on held-out prompts"),
     "train": ("training.dpo", "train on the pairs (torchrun for several ranks)"),
     "win-rate": (
         "training.alignment.win_rate",

@@ -1,8 +1,8 @@
 """`megatron-video dpo pair`: generated videos with scores -> shards of preference pairs.
 
 Of every prompt the best video against the worst, then the second best against the second worst, as far as their scores
-lie apart. What is left out is counted by reason in the report; a prompt gives at most --pairs-per-prompt, so that none
-weighs more than the others.
+lie apart; with --ratings the pairs that people compared, by the majority. What is left out is counted by reason in the
+report; a prompt gives at most --pairs-per-prompt, so that none weighs more than the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_video.shard_schema import (
 )
 from megatron_video.shards import ShardWriter, finish_dataset
 from training.alignment.generated import Generated, Sample, read_generated
-from training.alignment.score import read_scores
+from training.alignment.score import scored_alone
 from training.sample_latents import SampledLatent, read_latent
 
 REPORT_FILE = "pairs_report.json"
@@ -65,7 +65,8 @@ class Rules:
 
     margin: float
     """Least difference of scores; a tie otherwise."""
-    pairs_per_prompt: int
+    pairs_per_prompt: int | None
+    """At most; None: one by scores, all that people compared."""
     least_difference: float
     """Least root mean squared difference of the latents, in their standard deviations; near-duplicates otherwise."""
     flip_labels: float
@@ -86,12 +87,13 @@ def main(argv: Sequence[str]) -> int:
     if (arguments.out / INFO_FILE).is_file():
         raise UserError(f"--out {arguments.out} holds finished shards; choose another folder")
     generated = read_generated(arguments.samples)
-    scores = read_scores(arguments.scores or arguments.samples / "scores.jsonl")
-    pairs, dropped = choose_pairs(generated, scores, rules)
+    candidates, scores, dropped, said = _candidates(arguments, generated)
+    pairs, refused = choose_pairs(candidates, rules)
+    dropped = refused + dropped
     if not pairs:
         raise UserError(f"--samples {arguments.samples}: no pair is left ({_counts(dropped)}); lower --margin")
     write_pairs(generated, pairs, arguments.out, arguments.pairs_per_shard)
-    report = describe(pairs, dropped, scores, generated, rules)
+    report = {**describe(pairs, dropped, scores, generated, rules), **said}
     write_atomically(arguments.out / REPORT_FILE, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     from training.alignment.pair_plot import draw_pairs
 
@@ -100,27 +102,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def choose_pairs(generated: Generated, scores: Mapping[int, float], rules: Rules) -> tuple[list[Pair], Counter[str]]:
-    """Pairs of every prompt, and how many candidates were left out, by reason.
+def choose_pairs(candidates: Sequence[Pair], rules: Rules) -> tuple[list[Pair], Counter[str]]:
+    """The candidates that may be kept, and how many may not, by reason.
 
     Raises:
-        UserError: a sample without a score or a latent.
+        UserError: a sample without a latent.
     """
-    missing = [sample.index for sample in generated.samples if sample.index not in scores]
-    if missing:
-        raise UserError(f"{len(missing)} samples of {generated.folder} have no score, first: {missing[0]}; score again")
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
-    groups = generated.by_prompt().values()
-    for group in tqdm(groups, desc="pair", unit="prompt", disable=None):
-        if len(group) < 2:
-            dropped["one video of its prompt"] += 1
-        for pair in _candidates(group, scores, rules.pairs_per_prompt):
-            reason = _reason_against(pair, rules)
-            if reason is None:
-                pairs.append(pair)
-            else:
-                dropped[reason] += 1
+    for pair in tqdm(candidates, desc="pair", unit="pair", disable=None):
+        reason = _reason_against(pair, rules)
+        if reason is None:
+            pairs.append(pair)
+        else:
+            dropped[reason] += 1
     generator = np.random.default_rng(rules.seed)
     flips = generator.random(len(pairs)) < rules.flip_labels
     return [_flipped(pair) if flip else pair for pair, flip in zip(pairs, flips, strict=True)], dropped
@@ -161,7 +156,7 @@ def describe(
     """Figures of what was paired."""
     by_prompt = Counter(pair.winner.prompt for pair in pairs)
     margins = np.array([pair.margin for pair in pairs])
-    values = np.array([scores[sample.index] for sample in generated.samples])
+    values = np.array(list(scores.values()))
     return {
         "samples": str(generated.folder),
         "checkpoint": generated.settings["checkpoint"],
@@ -176,7 +171,25 @@ def describe(
     }
 
 
-def _candidates(group: Sequence[Sample], scores: Mapping[int, float], most: int) -> Iterator[Pair]:
+def _candidates(
+    arguments: argparse.Namespace, generated: Generated
+) -> tuple[list[Pair], dict[int, float], Counter[str], dict[str, Any]]:
+    """Pairs to choose from, a number for every sample, what is left out already, and figures of the votes."""
+    if arguments.ratings:
+        # Here: the module needs this one.
+        from training.alignment.rating.voted import read_voted_pairs
+
+        voted = read_voted_pairs(arguments.ratings, generated, arguments.pairs_per_prompt)
+        return voted.candidates, voted.strengths, voted.left_out, {"ratings": voted.report}
+    rated, scores, unrated = scored_alone(generated, arguments.scores or arguments.samples / "scores.jsonl")
+    groups = rated.by_prompt().values()
+    alone = sum(len(group) < 2 for group in groups)
+    dropped = Counter({name: n for name, n in (("one video of its prompt", alone), ("unrated", unrated)) if n})
+    most = arguments.pairs_per_prompt or 1
+    return [pair for group in groups for pair in _extremes(group, scores, most)], scores, dropped, {}
+
+
+def _extremes(group: Sequence[Sample], scores: Mapping[int, float], most: int) -> Iterator[Pair]:
     # Equal scores in the order of the seeds, so that a repetition pairs alike.
     ranked = sorted(group, key=lambda sample: (-scores[sample.index], sample.seed))
     for number in range(min(most, len(ranked) // 2)):
@@ -228,7 +241,7 @@ def _check_same_text(pair: Pair, winner: SampledLatent, loser: SampledLatent) ->
 def _check_rules(rules: Rules) -> None:
     if rules.margin < 0 or rules.least_difference < 0:
         raise UserError(f"--margin {rules.margin} and --least-difference {rules.least_difference} must not be negative")
-    if rules.pairs_per_prompt < 1:
+    if rules.pairs_per_prompt is not None and rules.pairs_per_prompt < 1:
         raise UserError(f"--pairs-per-prompt {rules.pairs_per_prompt} must be at least 1")
     if not 0 <= rules.flip_labels <= 1:
         raise UserError(f"--flip-labels {rules.flip_labels} must be between 0 and 1")
@@ -240,10 +253,13 @@ def _counts(dropped: Mapping[str, int]) -> str:
 
 def _table(report: dict[str, Any], out: Path) -> str:
     margin = report["margin"]
+    votes = report.get("ratings")
     return (
         f"{out}: {report['pairs']} pairs of {report['prompts_with_pairs']} of {report['prompts']} prompts; margins "
         f"{margin['least']:.4g} to {margin['largest']:.4g}, mean {margin['mean']:.4g}; left out: "
-        f"{_counts(report['left_out'])}" + (f"; {report['flipped']} flipped on purpose" if report["flipped"] else "")
+        f"{_counts(report['left_out'])}"
+        + (f"; {report['flipped']} flipped on purpose" if report["flipped"] else "")
+        + (f"; raters disagree on {votes['split']} of {votes['compared']} pairs" if votes else "")
     )
 
 
@@ -251,10 +267,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron-video dpo pair", description=__doc__)
     add = parser.add_argument
     add("--samples", type=Path, required=True, help="folder of `megatron-video dpo generate`")
-    add("--scores", type=Path, help="of `megatron-video dpo score` (default: scores.jsonl in the folder)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--scores", type=Path, help="of `megatron-video dpo score` (default: scores.jsonl in the folder)"
+    )
+    source.add_argument(
+        "--ratings",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="votes of `dpo rate`: the pairs that people compared, margins in shares of votes",
+    )
     add("--out", type=Path, required=True, help="folder for the shards, pairs_report.json and pairs.png")
     add("--margin", type=float, default=0.0, help="least difference of scores; less is a tie (default: %(default)s)")
-    add("--pairs-per-prompt", type=int, default=1, help="at most (default: %(default)s)")
+    add("--pairs-per-prompt", type=int, help="at most (default: 1; with --ratings all)")
     add(
         "--least-difference",
         type=float,

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.files import write_atomically
 from training.alignment.generated import Generated, Sample, read_generated
-from training.alignment.scorers import SCORERS, find_scorer
+from training.alignment.scorers import SCORERS, Scorer, UnratedError, find_scorer, scorer_label
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,30 +31,50 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parse(argv)
     generated = read_generated(arguments.samples)
-    names = _weights(arguments.scorers)
-    scorers = {name: find_scorer(name, generated) for name in names}
+    given = _weights(arguments.scorers)
+    scorers = {scorer_label(name): find_scorer(name, generated) for name in given}
+    names = dict(zip(scorers, given.values(), strict=True))
     out: Path = arguments.out or arguments.samples / "scores.jsonl"
     done = _begun(out, generated, names)
     left = [sample for sample in generated.samples if sample.index not in done]
     with out.open("a", encoding="utf-8") as lines:
         for sample in tqdm(left, desc="score", unit="video", disable=None):
-            values = {name: _finite(name, scorer(sample), sample) for name, scorer in scorers.items()}
-            total = sum(weight * values[name] for name, weight in names.items())
+            values = {name: _value(name, scorer, sample, arguments.unrated) for name, scorer in scorers.items()}
+            total = _total(values, names)
             lines.write(json.dumps(_line(sample, total, values), ensure_ascii=False) + "\n")
             lines.flush()
     scores = read_scores(out)
-    report = {"out": str(out), "samples": len(scores), "scored_now": len(left), **_spread(list(scores.values()))}
+    unrated = len(generated.samples) - len(scores)
+    if not scores:
+        raise UserError(f"--samples {arguments.samples}: none of them is rated")
+    report = {"out": str(out), "samples": len(scores), "scored_now": len(left), "unrated": unrated}
+    report |= _spread(list(scores.values()))
     print(json.dumps(report) if arguments.json else _table(report))
     return 0
 
 
 def read_scores(path: Path) -> dict[int, float]:
-    """Score by number of the sample.
+    """Score by number of the sample, without those that were left out as unrated.
 
     Raises:
         UserError: no such file, or a line that is none of `score`'s.
     """
-    return {values["index"]: values["score"] for values in _lines(path)}
+    return {values["index"]: values["score"] for values in _lines(path) if values["score"] is not None}
+
+
+def scored_alone(generated: Generated, path: Path) -> tuple[Generated, dict[int, float], int]:
+    """The samples that have a score, their scores, and how many were left out as unrated.
+
+    Raises:
+        UserError: a sample without a line in the file.
+    """
+    scores = {values["index"]: values["score"] for values in _lines(path)}
+    missing = [sample.index for sample in generated.samples if sample.index not in scores]
+    if missing:
+        raise UserError(f"{len(missing)} samples of {generated.folder} have no score, first: {missing[0]}; score again")
+    kept = [sample for sample in generated.samples if scores[sample.index] is not None]
+    found = {sample.index: scores[sample.index] for sample in kept}
+    return replace(generated, samples=kept), found, len(generated.samples) - len(kept)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +86,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             values = json.loads(line)
-            found.append({**values, "index": int(values["index"]), "score": float(values["score"])})
+            score = None if values["score"] is None else float(values["score"])
+            found.append({**values, "index": int(values["index"]), "score": score})
         except (ValueError, KeyError, TypeError):
             # The last line of a killed run may be torn; it is scored again.
             if number < len(text.splitlines()):
@@ -106,13 +128,27 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+def _value(name: str, scorer: Scorer, sample: Sample, unrated: str) -> float | None:
+    try:
+        return _finite(name, scorer(sample), sample)
+    except UnratedError:
+        if unrated == "skip":
+            return None
+        raise
+
+
+def _total(values: dict[str, float | None], weights: dict[str, float]) -> float | None:
+    known = [weight * value for name, weight in weights.items() if (value := values[name]) is not None]
+    return sum(known) if len(known) == len(weights) else None
+
+
 def _finite(name: str, value: float, sample: Sample) -> float:
     if not math.isfinite(value):
         raise UserError(f"{name} gives {sample.file} the score {value}; a score must be finite")
     return float(value)
 
 
-def _line(sample: Sample, total: float, values: dict[str, float]) -> dict[str, Any]:
+def _line(sample: Sample, total: float | None, values: dict[str, float | None]) -> dict[str, Any]:
     return {
         "index": sample.index,
         "prompt": sample.prompt,
@@ -132,6 +168,7 @@ def _table(report: dict[str, Any]) -> str:
     return (
         f"{report['out']}: {report['samples']} samples scored, {report['scored_now']} of them now; lowest "
         f"{report['lowest']:.4g}, median {report['median']:.4g}, highest {report['highest']:.4g}"
+        + (f"; {report['unrated']} left out as unrated" if report["unrated"] else "")
     )
 
 
@@ -145,8 +182,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME[=WEIGHT]",
-        help=f"{', '.join(SCORERS)}, reward:FOLDER of a reward model, or package.module:function; several add up by "
-        "their weights",
+        help=f"{', '.join(SCORERS)}, reward:FOLDER of a reward model, ratings:FILE[,FILE] of people, or "
+        "package.module:function; several add up by their weights",
+    )
+    add(
+        "--unrated",
+        choices=["refuse", "skip"],
+        default="refuse",
+        help="videos that nobody rated, with ratings:FILE: refuse, or leave out and count (default: %(default)s)",
     )
     add("--out", type=Path, help="JSON lines (default: scores.jsonl in the folder)")
     add("--json", action="store_true", help="print the report as JSON")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from training.alignment.generated import Generated, Sample, read_generated
-from training.alignment.score import read_scores
+from training.alignment.score import scored_alone
 from training.measure_shapes import wilson_interval
 
 # Settings in which two folders that are compared may differ.
@@ -32,6 +32,8 @@ class WinRate:
     losses: int
     mean_before: float
     mean_after: float
+    unrated: int = 0
+    """Prompts and seeds that nobody judged in both folders; they do not count."""
 
     @property
     def rate(self) -> float:
@@ -46,12 +48,20 @@ class WinRate:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare two folders by their scores.
+    """Compare two folders by their scores, or by what people said.
 
     Raises:
         UserError: folders of other prompts, seeds or settings, or without scores.
     """
     arguments = _parse(argv)
+    if arguments.ratings:
+        # Here: the module needs this one.
+        from training.alignment.rating.people import compare_by_people
+
+        people = compare_by_people(arguments.before, arguments.after, arguments.ratings)
+        head = f"{arguments.after} against {arguments.before}, by people: "
+        print(json.dumps(people.values(), ensure_ascii=False) if arguments.json else f"{head}{people}")
+        return 0
     found = compare(arguments.before, arguments.after, arguments.scores)
     if arguments.json:
         print(json.dumps(found.values()))
@@ -62,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         f"{arguments.after} against {arguments.before}: win rate {found.rate:.1%} "
         f"(95 % interval {low:.1%} to {high:.1%}; {found.wins} won, {found.ties} tied, {found.losses} lost); "
         f"mean score {found.mean_before:.4g} -> {found.mean_after:.4g}"
+        + (f"; {found.unrated} unrated do not count" if found.unrated else "")
     )
     return 0
 
@@ -73,19 +84,27 @@ def compare(before: Path, after: Path, scores: str = "scores.jsonl") -> WinRate:
         UserError: folders of other prompts, seeds or settings, or without scores.
     """
     old, new = read_generated(before), read_generated(after)
-    _check_alike(old, new)
-    old_scores, new_scores = (_by_noise(side, read_scores(side.folder / scores)) for side in (old, new))
-    pairs = [(old_scores[key], new_scores[key]) for key in old_scores]
+    check_alike(old, new)
+    old_scores, new_scores = (_by_noise(side, side.folder / scores) for side in (old, new))
+    pairs = [(old_scores[key], new_scores[key]) for key in old_scores if key in new_scores]
+    if not pairs:
+        raise UserError(f"{before} and {after}: no prompt and seed has a score in both {scores}")
     return WinRate(
         wins=sum(now > then for then, now in pairs),
         ties=sum(now == then for then, now in pairs),
         losses=sum(now < then for then, now in pairs),
         mean_before=sum(then for then, _ in pairs) / len(pairs),
         mean_after=sum(now for _, now in pairs) / len(pairs),
+        unrated=len(old.samples) - len(pairs),
     )
 
 
-def _check_alike(old: Generated, new: Generated) -> None:
+def check_alike(old: Generated, new: Generated) -> None:
+    """Whether two folders were sampled alike, but for the weights.
+
+    Raises:
+        UserError: other prompts, seeds or settings.
+    """
     names = sorted({*old.settings, *new.settings} - _FREE)
     different = [name for name in names if old.settings.get(name) != new.settings.get(name)]
     if different:
@@ -99,11 +118,9 @@ def _check_alike(old: Generated, new: Generated) -> None:
         )
 
 
-def _by_noise(side: Generated, scores: Mapping[int, float]) -> dict[tuple[str, int], float]:
-    missing = [sample.index for sample in side.samples if sample.index not in scores]
-    if missing:
-        raise UserError(f"{len(missing)} samples of {side.folder} have no score, first: {missing[0]}; score again")
-    return {_key(sample): scores[sample.index] for sample in side.samples}
+def _by_noise(side: Generated, path: Path) -> dict[tuple[str, int], float]:
+    rated, scores, _ = scored_alone(side, path)
+    return {_key(sample): scores[sample.index] for sample in rated.samples}
 
 
 def _key(sample: Sample) -> tuple[str, int]:
@@ -115,6 +132,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--before", type=Path, required=True, help="folder of scored samples")
     add("--after", type=Path, required=True, help="of the same prompts and seeds by the other model")
+    add("--ratings", type=Path, nargs="+", metavar="FILE", help="by votes of `megatron-video dpo rate --against`")
     add("--scores", default="scores.jsonl", help="name of the file with scores in both folders (default: %(default)s)")
     add("--json", action="store_true", help="print the figures as JSON")
     return parser.parse_args(argv)

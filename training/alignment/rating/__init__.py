@@ -1,0 +1,1 @@
+"""What people say of generated videos: asking them on a local web page, and using what they said."""
