@@ -17,6 +17,7 @@ STEPS: dict[str, tuple[str, str]] = {
     ),
     "score": ("training.alignment.score", "a number for every video: rewards, your own function, a reward model"),
     "rate": ("training.alignment.rating.rate", "a local web page: people compare videos, two at a time"),
+    "agreement": ("training.alignment.rating.agreement", "how far raters agree, with each other and with themselves"),
     "pair": ("training.alignment.pair", "scored videos -> shards of preference pairs, with statistics"),
     "features": (
         "training.alignment.features",
