@@ -220,6 +220,19 @@ class ShardDataset:
         """The three payloads of a sample as they are stored, in the order of `PAYLOADS`; raises as `[number]` does."""
         return {name: bytes(content) for name, content in self._payloads(self._row(number)).items()}
 
+    def metadata(self, number: int) -> dict[str, Any]:
+        """What a sample's JSON says; its tensors are not read, and its checksum is not compared.
+
+        Raises:
+            DamagedSampleError: the shard is missing, ends early, or its bytes changed; names the file and the key.
+        """
+        row = self._row(number)
+        try:
+            values: dict[str, Any] = json.loads(bytes(self._read(row, "json", 0)[0]))
+        except ValueError as error:
+            raise DamagedSampleError(f"{self._where(row)}: cannot be decoded: {error}") from None
+        return values
+
     def where(self, number: int) -> str:
         """File and key of a sample."""
         return self._where(self._row(number))

@@ -84,10 +84,11 @@ class FeatureFiles:
         settings: of the features.
         data: fingerprint of the folder of pairs or samples that they are of.
         count: number of latents there.
+        model: where the checkpoint lay; told to people, never compared.
     """
 
-    def __init__(self, folder: Path, settings: FeatureSettings, data: str, count: int) -> None:
-        self.folder, self.settings, self.data, self.count = folder, settings, data, count
+    def __init__(self, folder: Path, settings: FeatureSettings, data: str, count: int, model: str) -> None:
+        self.folder, self.settings, self.data, self.count, self.model = folder, settings, data, count, model
         # Mapped, not read: rows are asked for in any order.
         self._opened = lru_cache(_OPEN_BLOCKS)(partial(safe_open, framework="pt"))
 
@@ -101,7 +102,8 @@ class FeatureFiles:
         path = folder / IDENTITY_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(folder, FeatureSettings.from_values(values["settings"]), values["data"], values["latents"])
+            settings = FeatureSettings.from_values(values["settings"])
+            return cls(folder, settings, values["data"], values["latents"], values["model"])
         except OSError:
             raise UserError(f"{folder}: no {IDENTITY_FILE} there; `megatron-video dpo features` writes it") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -118,7 +120,7 @@ class FeatureFiles:
             self.check(FeatureFiles.open(self.folder))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        values = {"settings": asdict(self.settings), "data": self.data, "latents": self.count}
+        values = {"settings": asdict(self.settings), "data": self.data, "latents": self.count, "model": self.model}
         write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
 
     def check(self, there: FeatureFiles) -> None:

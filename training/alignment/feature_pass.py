@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_video.dit import VideoDiT
@@ -152,15 +151,6 @@ def _cut(items: Iterator[Latent], size: int) -> Iterator[list[Latent]]:
 
 def _texts(batch: Sequence[Latent]) -> tuple[list[Tensor], list[Tensor]]:
     return [item.llm for item in batch], [item.clip for item in batch]
-
-
-def writes_for_replica() -> bool:
-    """Whether this rank is the first of its replica, which writes for all of it."""
-    return not (
-        parallel_state.get_tensor_model_parallel_rank()
-        or parallel_state.get_context_parallel_rank()
-        or parallel_state.get_pipeline_model_parallel_rank()
-    )
 
 
 def _number_of(prompt: str) -> int:

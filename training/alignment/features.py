@@ -58,9 +58,8 @@ def main(argv: Sequence[str]) -> int:
     settings = FeatureSettings(
         reference.fingerprint(), tuple(arguments.layer), tuple(arguments.t), arguments.seed, precision
     )
-    files = FeatureFiles(
-        arguments.out or settings.folder_in(latents.folder), settings, latents.fingerprint, len(latents)
-    )
+    folder = arguments.out or settings.folder_in(latents.folder)
+    files = FeatureFiles(folder, settings, latents.fingerprint, len(latents), str(arguments.checkpoint.resolve()))
     try:
         initialize_parallel(parallel, seed=0, device_info=device)
         made = _compute(
@@ -88,7 +87,7 @@ def find_features(settings: FeatureSettings, checkpoint: str, latents: Latents, 
         UserError: of other settings or unfinished, or none are there; says the command that makes them.
     """
     command = command_for(settings, checkpoint, latents.folder)
-    wanted = FeatureFiles(settings.folder_in(latents.folder), settings, latents.fingerprint, len(latents))
+    wanted = FeatureFiles(settings.folder_in(latents.folder), settings, latents.fingerprint, len(latents), checkpoint)
     of_these = [files for files in map(FeatureFiles.open, given) if files.data == latents.fingerprint]
     if not of_these and not wanted.folder.is_dir():
         raise UserError(
@@ -107,8 +106,9 @@ def _compute(files: FeatureFiles, latents: Latents, batch_size: int, load: Calla
     import torch.distributed as dist
 
     from megatron_video.parallel import data_parallel_rank, data_parallel_size
+    from training.sample_ranks import decided_by_rank_0
 
-    missing = _missing(files)
+    missing = decided_by_rank_0(lambda: _claimed(files))
     if missing:
         feature_pass = load()
         for first in _progress(missing[data_parallel_rank() :: data_parallel_size()]):
@@ -118,26 +118,14 @@ def _compute(files: FeatureFiles, latents: Latents, batch_size: int, load: Calla
     return sum(files.end(first) - first for first in missing)
 
 
-def _missing(files: FeatureFiles) -> list[int]:
-    """Claimed and looked at by one rank, told to all: others may see another state of the file system."""
-    import torch.distributed as dist
-
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            files.claim()
-            told = [files.missing()]
-        except UserError as refusal:  # told by all ranks
-            told = [refusal]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    missing: list[int] = told[0]
-    return missing
+def _claimed(files: FeatureFiles) -> list[int]:
+    files.claim()
+    return files.missing()
 
 
 def _write_block(files: FeatureFiles, latents: Latents, first: int, batch_size: int, feature_pass: FeaturePass) -> None:
-    from training.alignment.feature_pass import batches, writes_for_replica
+    from training.alignment.feature_pass import batches
+    from training.sample_ranks import writes_for_replica
 
     items = (latents[number] for number in range(first, files.end(first)))
     found = [feature_pass.run(batch) for batch in batches(items, batch_size)]

@@ -1,74 +1,89 @@
 """`megatron-video dpo reward`: train a reward model on preference pairs, or go on with one on fresh pairs.
 
 Pairs of a tenth of the prompts are held out; what is reported is the share of them in which the model gives the winner
-the higher reward, after every epoch, and the epoch that is kept is the one with the least held-out loss.
+the higher reward, for every folder, before and after. The epoch with the least held-out loss is kept. Pairs are read
+from their shards when they are needed, and stay in memory only as far as --memory allows.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
-from megatron_video.shard_schema import ShardSample
 from megatron_video.shards import ShardDataset
+from training.alignment.calibration import calibration, draw_reliability
+from training.alignment.feature_files import FeatureFiles
+from training.alignment.feature_latents import PairLatents
+from training.alignment.features import find_features
+from training.alignment.reward_data import PairFolder, PairReader, Split, feature_scale, open_pairs, split
+from training.alignment.reward_fit import Fit, FitOptions, Judged, fit, judge
 from training.alignment.reward_model import (
     CONFIG_FILE,
     RewardModel,
     RewardModelConfig,
     load_reward_model,
+    read_record,
     save_reward_model,
 )
-from training.measure_shapes import wilson_interval
+
+PLOT_FILE = "reliability.png"
+
+
+class Wanted(NamedTuple):
+    """A folder of pairs, and what each of them counts in the loss: nothing, for those of --check."""
+
+    folder: Path
+    weight: float
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs of one bucket, in memory: latents of small videos, or of those that a cluster's node holds."""
+class Report:
+    """What is told of a training."""
 
-    latents: Tensor
-    """[2, n, t, z, h, w] fp32, winners first."""
-    llm: Tensor
-    """[n, d_llm] means over tokens."""
-    clip: Tensor
-    """[n, d_clip]"""
+    wanted: list[Wanted]
+    sides: Split
+    before: Judged
+    after: Judged
+    on_training: Judged
+    result: Fit
 
-    def __len__(self) -> int:
-        return len(self.llm)
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How a model judges pairs."""
-
-    pairs: int
-    loss: float
-    """Mean -log sigmoid of the difference of rewards; ln 2 for one that knows nothing."""
-    right: int
-    """Pairs whose winner has the higher reward."""
+    @property
+    def trained_on(self) -> list[int]:
+        """Numbers of the folders that are not only checked."""
+        return [number for number, item in enumerate(self.wanted) if item.weight > 0]
 
     def values(self) -> dict[str, Any]:
-        """For JSON, with the 95 % interval."""
-        low, high = wilson_interval(self.right, self.pairs)
+        """For JSON."""
+        after = self.after.of(self.trained_on)
         return {
-            "pairs": self.pairs,
-            "loss": self.loss,
-            "accuracy": self.right / self.pairs,
-            "interval_95": [low, high],
+            "pairs": [str(self.wanted[number].folder) for number in self.trained_on],
+            "training_pairs": len(self.on_training.rows),
+            "before": self.before.of(self.trained_on).values(),
+            "held_out": after.values(),
+            "training": self.on_training.values(),
+            "calibration": calibration(after.margins).values(),
+            "folders": [self._folder(number) for number in range(len(self.wanted))],
+            "best_epoch": self.result.best_epoch,
+            "epochs": self.result.history,
+        }
+
+    def _folder(self, number: int) -> dict[str, Any]:
+        return {
+            "pairs": str(self.wanted[number].folder),
+            "weight": self.wanted[number].weight,
+            "training_pairs": len(self.on_training.of([number]).rows),
+            "before": self.before.of([number]).values(),
+            "held_out": self.after.of([number]).values(),
         }
 
 
@@ -76,137 +91,31 @@ def main(argv: Sequence[str]) -> int:
     """Train, validate and save.
 
     Raises:
-        UserError: no pairs, none to hold out, other encoders than the model's, or an output that is there.
+        UserError: no pairs, none to hold out, other encoders or features than the model's, or an output that is there.
     """
     arguments = _parse(argv)
-    if (arguments.out / CONFIG_FILE).is_file():
-        raise UserError(f"--out {arguments.out} holds a reward model; choose another folder")
-    if not 0 < arguments.held_out < 1 or arguments.epochs < 1 or arguments.batch_size < 1:
-        raise UserError("--held-out must lie between 0 and 1, --epochs and --batch-size must be at least 1")
-    datasets = [_open(folder) for folder in arguments.pairs]
-    torch.manual_seed(arguments.seed)
-    model = _model(datasets, arguments.init)
-    train, held_out = split(datasets, arguments.held_out)
-    before = quality(model, held_out)
-    history = fit(model, train, held_out, arguments)
+    _check(arguments)
+    wanted = _wanted(arguments)
+    model, folders = _open(wanted, arguments)
+    reader = PairReader(folders, model.config.latents, round(arguments.memory * 2**30))
+    sides = split(folders, arguments.held_out)
+    if arguments.init is None and model.config.feature_size:
+        model.set_feature_scale(*feature_scale(reader, (row for rows in sides.train for row in rows)))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    before = judge(model, reader, sides.held_out)
+    names = ("epochs", "patience", "batch_size", "learning_rate", "seed")
+    result = fit(model, reader, sides, FitOptions(**{name: getattr(arguments, name) for name in names}))
+    after, on_training = judge(model, reader, sides.held_out), judge(model, reader, sides.train)
+    report = Report(wanted, sides, before, after, on_training, result)
     record = {
-        "pairs": [str(folder) for folder in arguments.pairs],
         "init": None if arguments.init is None else str(arguments.init),
-        "training_pairs": sum(map(len, train)),
-        "before": before.values(),
-        "held_out": quality(model, held_out).values(),
-        "training": quality(model, train).values(),
-        "epochs": history,
+        "held_out_share": arguments.held_out,
+        **report.values(),
     }
-    save_reward_model(model, arguments.out, record)
+    save_reward_model(model.cpu(), arguments.out, record)
+    draw_reliability(calibration(after.of(report.trained_on).margins), arguments.out / PLOT_FILE)
     print(json.dumps(record) if arguments.json else _table(record, arguments.out))
     return 0
-
-
-def split(datasets: Sequence[ShardDataset], held_out: float) -> tuple[list[Pairs], list[Pairs]]:
-    """Pairs to train on and those held out, by bucket; all pairs of a prompt are on one side, in every run alike.
-
-    Raises:
-        UserError: one side would be empty.
-    """
-    sides: tuple[dict[str, list[ShardSample]], dict[str, list[ShardSample]]] = ({}, {})
-    for dataset in datasets:
-        for number in tqdm(range(len(dataset)), desc=f"read {dataset.folder}", unit="pair", disable=None):
-            sample = dataset[number]
-            digest = hashlib.blake2b(str(sample.metadata["caption"]).encode(), digest_size=8).digest()
-            side = sides[int.from_bytes(digest, "little") / 2**64 < held_out]
-            side.setdefault(str(tuple(sample.moments.shape)), []).append(sample)
-    if not all(sides):
-        raise UserError(f"--held-out {held_out} leaves no prompt on one side; take more prompts or another share")
-    train, kept = ([_stack(samples) for samples in side.values()] for side in sides)
-    return train, kept
-
-
-def fit(
-    model: RewardModel, train: Sequence[Pairs], held_out: Sequence[Pairs], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Train in place; the model ends as it was after its best epoch.
-
-    Returns:
-        Held-out quality after every epoch.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.05)
-    generator = np.random.default_rng(arguments.seed)
-    history: list[dict[str, Any]] = []
-    best, kept = float("inf"), copy.deepcopy(model.state_dict())
-    for _ in tqdm(range(arguments.epochs), desc="reward", unit="epoch", disable=None):
-        model.train()
-        for pairs, rows in _batches(train, arguments.batch_size, generator):
-            loss = -logsigmoid(_margins(model, pairs, rows)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        found = quality(model, held_out)
-        history.append(found.values())
-        if found.loss < best:
-            best, kept = found.loss, copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
-    return history
-
-
-@torch.no_grad()
-def quality(model: RewardModel, groups: Sequence[Pairs]) -> Quality:
-    """How the model judges pairs."""
-    model.eval()
-    margins = torch.cat([_margins(model, pairs, torch.arange(len(pairs))) for pairs in groups])
-    return Quality(len(margins), float(-logsigmoid(margins).mean()), int((margins > 0).sum()))
-
-
-def _margins(model: RewardModel, pairs: Pairs, rows: Tensor) -> Tensor:
-    winner, loser = (model(pairs.latents[side, rows], pairs.llm[rows], pairs.clip[rows]) for side in range(2))
-    margins: Tensor = winner - loser
-    return margins
-
-
-def _batches(groups: Sequence[Pairs], size: int, generator: np.random.Generator) -> Iterator[tuple[Pairs, Tensor]]:
-    batches = [
-        (pairs, torch.from_numpy(rows))
-        for pairs in groups
-        for rows in np.array_split(generator.permutation(len(pairs)), -(-len(pairs) // size))
-    ]
-    for place in generator.permutation(len(batches)).tolist():
-        yield batches[place]
-
-
-def _stack(samples: Sequence[ShardSample]) -> Pairs:
-    losers = [sample.loser for sample in samples if sample.loser is not None]
-    return Pairs(
-        torch.stack([torch.stack([sample.moments for sample in samples]), torch.stack(losers)]).float(),
-        torch.stack([sample.llm.float().mean(0) for sample in samples]),
-        torch.stack([sample.clip.float().mean(0) for sample in samples]),
-    )
-
-
-def _open(folder: Path) -> ShardDataset:
-    dataset = ShardDataset(folder)
-    if not dataset.rows.info.pairs:
-        raise UserError(f"--pairs {folder} holds single samples; `megatron-video dpo pair` makes pairs")
-    return dataset
-
-
-def _model(datasets: Sequence[ShardDataset], init: Path | None) -> RewardModel:
-    info = datasets[0].rows.info
-    config = RewardModelConfig(
-        info.latent_channels, info.llm_dim, info.clip_dim, info.vae_fingerprint, info.text_fingerprint
-    )
-    for dataset in datasets:
-        for name in ("vae_fingerprint", "text_fingerprint"):
-            theirs = getattr(dataset.rows.info, name)
-            if theirs != getattr(config, name):
-                first = datasets[0].folder
-                raise UserError(
-                    f"--pairs {dataset.folder} was made with other encoders than {first} ({name}: {theirs})"
-                )
-    if init is None:
-        return RewardModel(config)
-    model = load_reward_model(init)
-    check_encoders(model, init, config.vae_fingerprint, config.text_fingerprint)
-    return model
 
 
 def check_encoders(model: RewardModel, folder: Path, vae: str, text: str) -> None:
@@ -225,26 +134,173 @@ def check_encoders(model: RewardModel, folder: Path, vae: str, text: str) -> Non
             )
 
 
+def _open(wanted: Sequence[Wanted], arguments: argparse.Namespace) -> tuple[RewardModel, list[PairFolder]]:
+    """The model, new or that of --init, and the folders with the features that it sees."""
+    datasets = [open_pairs(item.folder) for item in wanted]
+    _check_same_encoders(datasets)
+    model = _model(datasets[0], arguments)
+    config, folders = model.config, []
+    for dataset, item in zip(datasets, wanted, strict=True):
+        found = None
+        if config.features is not None:
+            found = find_features(config.features, config.feature_model, PairLatents(dataset), arguments.features)
+        folders.append(PairFolder(dataset, item.weight, found))
+    return model, folders
+
+
+def _model(dataset: ShardDataset, arguments: argparse.Namespace) -> RewardModel:
+    info = dataset.rows.info
+    if arguments.init is not None:
+        model = load_reward_model(arguments.init)
+        check_encoders(model, arguments.init, info.vae_fingerprint, info.text_fingerprint)
+        if arguments.features and model.config.features is None:
+            raise UserError(f"--features: the model {arguments.init} sees latents alone; leave --features out")
+        return model
+    files = FeatureFiles.open(arguments.features[0]) if arguments.features else None
+    config = RewardModelConfig(
+        info.latent_channels,
+        info.llm_dim,
+        info.clip_dim,
+        info.vae_fingerprint,
+        info.text_fingerprint,
+        latents=files is None or arguments.with_latents,
+        feature_size=0 if files is None else files.read([0]).features[0].numel(),
+        features=None if files is None else files.settings,
+        feature_model="" if files is None else files.model,
+    )
+    torch.manual_seed(arguments.seed)
+    return RewardModel(config)
+
+
+def _check_same_encoders(datasets: Sequence[ShardDataset]) -> None:
+    first = datasets[0]
+    for dataset in datasets:
+        for name in ("vae_fingerprint", "text_fingerprint"):
+            theirs = getattr(dataset.rows.info, name)
+            if theirs != getattr(first.rows.info, name):
+                raise UserError(
+                    f"--pairs {dataset.folder} was made with other encoders than {first.folder} ({name}: {theirs})"
+                )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if (arguments.out / CONFIG_FILE).is_file():
+        raise UserError(f"--out {arguments.out} holds a reward model; choose another folder")
+    if not 0 < arguments.held_out < 1:
+        raise UserError(f"--held-out {arguments.held_out} must lie between 0 and 1")
+    for name in ("epochs", "patience", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    if not (math.isfinite(arguments.learning_rate) and arguments.learning_rate > 0):
+        raise UserError(f"--learning-rate {arguments.learning_rate} must be above 0")
+    if not arguments.memory >= 0:
+        raise UserError(f"--memory {arguments.memory} must not be negative")
+    if arguments.with_latents and not arguments.features and arguments.init is None:
+        raise UserError("--with-latents is for models that see --features; without those a model sees latents anyway")
+    if arguments.init is not None:
+        _check_share(arguments)
+
+
+def _check_share(arguments: argparse.Namespace) -> None:
+    share = read_record(arguments.init).get("held_out_share")
+    if share is not None and arguments.held_out > share:
+        raise UserError(
+            f"--held-out {arguments.held_out}: the model {arguments.init} held out {share} and was trained on some of "
+            f"what would be held out now, so it would look better than it is; at most --held-out {share}"
+        )
+
+
+def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
+    """--pairs with their weights, then what is only checked: --check, or what --init was trained on, if it is there."""
+    wanted = [_weighted(text) for text in arguments.pairs]
+    checked = arguments.check
+    if checked is None:
+        before = [] if arguments.init is None else map(Path, read_record(arguments.init).get("pairs", []))
+        checked = [folder for folder in before if folder.is_dir()]
+    known = {item.folder.resolve() for item in wanted}
+    if len(known) < len(wanted):
+        raise UserError(f"--pairs {' '.join(arguments.pairs)}: a folder is named twice; give it a weight instead")
+    return wanted + [Wanted(folder, 0.0) for folder in checked if folder.resolve() not in known]
+
+
+def _weighted(text: str) -> Wanted:
+    folder, equals, number = text.rpartition("=")
+    if not equals or Path(text).is_dir():
+        return Wanted(Path(text), 1.0)
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UserError(f"--pairs {text}: {number!r} is no weight; give a number above 0, as in {folder}=0.5")
+    return Wanted(Path(folder), weight)
+
+
 def _table(record: dict[str, Any], out: Path) -> str:
-    held_out, training = record["held_out"], record["training"]
-    low, high = held_out["interval_95"]
+    error = record["calibration"]["expected_error"]
+    lines = [
+        f"{out}: trained on {record['training_pairs']} pairs ({record['training']['accuracy']:.1%} right), best after "
+        f"epoch {record['best_epoch']} of {len(record['epochs'])}; expected calibration error {error:.1%}, see "
+        f"{PLOT_FILE}"
+    ]
+    for folder in record["folders"]:
+        role = "only checked" if not folder["weight"] else f"{folder['training_pairs']} trained on"
+        role += f" with weight {folder['weight']:g}" if folder["weight"] not in (0, 1) else ""
+        lines.append(f"  {folder['pairs']} ({role}): {_change(folder)}")
+    return "\n".join(lines)
+
+
+def _change(folder: dict[str, Any]) -> str:
+    before, after = folder["before"], folder["held_out"]
+    if not after["pairs"]:
+        return "no pair held out"
+    low, high = after["interval_95"]
     return (
-        f"{out}: trained on {record['training_pairs']} pairs ({training['accuracy']:.1%} right); held out: "
-        f"{held_out['accuracy']:.1%} of {held_out['pairs']} right (95 % interval {low:.1%} to {high:.1%}), before "
-        f"training {record['before']['accuracy']:.1%}"
+        f"held out {before['accuracy']:.1%} -> {after['accuracy']:.1%} of {after['pairs']} right (95 % interval "
+        f"{low:.1%} to {high:.1%}), loss {before['loss']:.3f} -> {after['loss']:.3f}"
     )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron-video dpo reward", description=__doc__)
     add = parser.add_argument
-    add("--pairs", type=Path, nargs="+", required=True, help="folders of `megatron-video dpo pair`")
-    add("--out", type=Path, required=True, help="folder for the model")
+    add(
+        "--pairs",
+        nargs="+",
+        required=True,
+        metavar="FOLDER[=WEIGHT]",
+        help="folders of `megatron-video dpo pair`; WEIGHT is what each of its pairs counts in the loss (default: 1)",
+    )
+    add("--out", type=Path, required=True, help="folder for the model and its reliability diagram")
+    add(
+        "--features",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders of `megatron-video dpo features`: the model sees these instead of latents; those of further "
+        "folders of pairs are looked for beside them",
+    )
+    add("--with-latents", action="store_true", help="the model sees the latents too, beside --features")
     add("--init", type=Path, help="go on with this reward model, on fresh pairs")
+    add(
+        "--check",
+        type=Path,
+        nargs="*",
+        metavar="FOLDER",
+        help="pairs to judge before and after, without training on them (default: those that --init was trained on)",
+    )
     add("--held-out", type=float, default=0.1, help="share of the prompts to validate on (default: %(default)s)")
-    add("--epochs", type=int, default=30, help="(default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="pairs (default: %(default)s)")
-    add("--learning-rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
+    add("--epochs", type=int, default=FitOptions.epochs, help="at most (default: %(default)s)")
+    add(
+        "--patience",
+        type=int,
+        default=FitOptions.patience,
+        help="epochs without a gain, then stop (default: %(default)s)",
+    )
+    add("--batch-size", type=int, default=FitOptions.batch_size, help="pairs (default: %(default)s)")
+    add("--learning-rate", type=float, default=FitOptions.learning_rate, help="of AdamW (default: %(default)s)")
+    add("--memory", type=float, default=8.0, help="GiB of pairs that may stay in memory (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     add("--json", action="store_true", help="print the record as JSON")
     return parser.parse_args(argv)
