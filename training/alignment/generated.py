@@ -11,6 +11,8 @@ from megatron_video.errors import UserError
 from training.sample_latents import latent_file
 
 SETTINGS_FILE, LISTING_FILE = "settings.json", "samples.jsonl"
+# Of samples without a category, in a folder where others have one.
+NO_CATEGORY = "(none)"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Sample:
     seed: int
     file: Path
     """mp4, or PNG of an image."""
+    category: str | None = None
+    """What the prompt is about, where the list of prompts says so."""
 
     @property
     def latent_file(self) -> Path:
@@ -45,6 +49,13 @@ class Generated:
             groups.setdefault(sample.prompt, []).append(sample)
         return groups
 
+    def by_category(self) -> dict[str, list[Sample]]:
+        """The samples of every category, categories in their first order; {} where no sample has one."""
+        groups: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            groups.setdefault(sample.category or NO_CATEGORY, []).append(sample)
+        return {} if groups.keys() <= {NO_CATEGORY} else groups
+
 
 def read_generated(folder: Path) -> Generated:
     """Read a folder that `megatron-video dpo generate` (or `sample`) finished.
@@ -58,7 +69,7 @@ def read_generated(folder: Path) -> Generated:
             f"--samples {folder}: no {SETTINGS_FILE} and {LISTING_FILE} there; `megatron-video dpo generate`"
         )
     record = json.loads(settings_path.read_text(encoding="utf-8"))
-    samples = [_sample(folder, line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    samples = [_sample(folder, line) for line in listing.read_text(encoding="utf-8").split("\n") if line]
     missing = len(record["prompts"]) - len(samples)
     if missing:
         raise UserError(
@@ -72,4 +83,7 @@ def read_generated(folder: Path) -> Generated:
 
 def _sample(folder: Path, line: str) -> Sample:
     values = json.loads(line)
-    return Sample(values["index"], values["prompt"], values["seed"], folder / values["file"])
+    category = values.get("category")
+    # Older lists may hold anything there.
+    known = category if isinstance(category, str) else None
+    return Sample(values["index"], values["prompt"], values["seed"], folder / values["file"], known)

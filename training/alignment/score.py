@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--samples {arguments.samples}: none of them is rated")
     report = {"out": str(out), "samples": len(scores), "scored_now": len(left), "unrated": unrated}
     report |= _spread(list(scores.values()))
-    print(json.dumps(report) if arguments.json else _table(report))
+    report |= _by_category(generated, scores)
+    print(json.dumps(report, ensure_ascii=False) if arguments.json else _table(report))
     return 0
 
 
@@ -83,14 +84,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"--scores {path}: {error.strerror}; `megatron-video dpo score` writes it") from None
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not str.splitlines: prompts may hold separators that it would cut at.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
             score = None if values["score"] is None else float(values["score"])
             found.append({**values, "index": int(values["index"]), "score": score})
         except (ValueError, KeyError, TypeError):
             # The last line of a killed run may be torn; it is scored again.
-            if number < len(text.splitlines()):
+            if number < len(lines):
                 raise UserError(f"{path}, line {number} is no score: {line[:80]}") from None
     return found
 
@@ -164,7 +167,27 @@ def _spread(scores: Sequence[float]) -> dict[str, float]:
     return {"lowest": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
 
 
+def _by_category(generated: Generated, scores: dict[int, float]) -> dict[str, Any]:
+    """The report's part by category; {} where the list of prompts names none."""
+    found = {}
+    for name, samples in generated.by_category().items():
+        own = [scores[sample.index] for sample in samples if sample.index in scores]
+        if own:
+            found[name] = {"samples": len(own), "mean": sum(own) / len(own), **_spread(own)}
+    return {"by_category": found} if found else {}
+
+
 def _table(report: dict[str, Any]) -> str:
+    width = max(map(len, report.get("by_category", ())), default=0)
+    lines = [
+        f"  {name:<{width}}  {part['samples']:>5} samples, mean {part['mean']:.4g}, lowest {part['lowest']:.4g}, "
+        f"median {part['median']:.4g}, highest {part['highest']:.4g}"
+        for name, part in report.get("by_category", {}).items()
+    ]
+    return "\n".join([_head(report), *lines])
+
+
+def _head(report: dict[str, Any]) -> str:
     return (
         f"{report['out']}: {report['samples']} samples scored, {report['scored_now']} of them now; lowest "
         f"{report['lowest']:.4g}, median {report['median']:.4g}, highest {report['highest']:.4g}"

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class WinRate:
     mean_after: float
     unrated: int = 0
     """Prompts and seeds that nobody judged in both folders; they do not count."""
+    by_category: dict[str, WinRate] = field(default_factory=dict)
+    """Of the prompts of every category, where the list of prompts names some."""
 
     @property
     def rate(self) -> float:
@@ -44,7 +46,20 @@ class WinRate:
         """For JSON, with the 95 % interval."""
         total = self.wins + self.ties + self.losses
         low, high = wilson_interval(round(self.rate * total), total)
-        return {"win_rate": self.rate, "interval_95": [low, high], **vars(self)}
+        counts = {name: value for name, value in vars(self).items() if name != "by_category"}
+        parts = {name: part.values() for name, part in self.by_category.items()}
+        return {"win_rate": self.rate, "interval_95": [low, high], **counts} | ({"by_category": parts} if parts else {})
+
+    def __str__(self) -> str:
+        """In words, a line for the whole and one for every category."""
+        low, high = self.values()["interval_95"]
+        head = (
+            f"win rate {self.rate:.1%} (95 % interval {low:.1%} to {high:.1%}; {self.wins} won, {self.ties} tied, "
+            f"{self.losses} lost); mean score {self.mean_before:.4g} -> {self.mean_after:.4g}"
+            + (f"; {self.unrated} unrated do not count" if self.unrated else "")
+        )
+        width = max(map(len, self.by_category), default=0)
+        return "\n".join([head, *(f"  {name:<{width}}  {part}" for name, part in self.by_category.items())])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,17 +78,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(people.values(), ensure_ascii=False) if arguments.json else f"{head}{people}")
         return 0
     found = compare(arguments.before, arguments.after, arguments.scores)
-    if arguments.json:
-        print(json.dumps(found.values()))
-        return 0
-    values = found.values()
-    low, high = values["interval_95"]
-    print(
-        f"{arguments.after} against {arguments.before}: win rate {found.rate:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%}; {found.wins} won, {found.ties} tied, {found.losses} lost); "
-        f"mean score {found.mean_before:.4g} -> {found.mean_after:.4g}"
-        + (f"; {found.unrated} unrated do not count" if found.unrated else "")
-    )
+    head = f"{arguments.after} against {arguments.before}: "
+    print(json.dumps(found.values(), ensure_ascii=False) if arguments.json else f"{head}{found}")
     return 0
 
 
@@ -86,16 +92,25 @@ def compare(before: Path, after: Path, scores: str = "scores.jsonl") -> WinRate:
     old, new = read_generated(before), read_generated(after)
     check_alike(old, new)
     old_scores, new_scores = (_by_noise(side, side.folder / scores) for side in (old, new))
-    pairs = [(old_scores[key], new_scores[key]) for key in old_scores if key in new_scores]
+    pairs = {key: (old_scores[key], new_scores[key]) for key in old_scores if key in new_scores}
     if not pairs:
         raise UserError(f"{before} and {after}: no prompt and seed has a score in both {scores}")
+    parts = {}
+    for name, samples in new.by_category().items():
+        rated = [pairs[_key(sample)] for sample in samples if _key(sample) in pairs]
+        if rated:
+            parts[name] = _outcomes(rated, len(samples) - len(rated))
+    return replace(_outcomes(list(pairs.values()), len(old.samples) - len(pairs)), by_category=parts)
+
+
+def _outcomes(pairs: Sequence[tuple[float, float]], unrated: int) -> WinRate:
     return WinRate(
         wins=sum(now > then for then, now in pairs),
         ties=sum(now == then for then, now in pairs),
         losses=sum(now < then for then, now in pairs),
         mean_before=sum(then for then, _ in pairs) / len(pairs),
         mean_after=sum(now for _, now in pairs) / len(pairs),
-        unrated=len(old.samples) - len(pairs),
+        unrated=unrated,
     )
 
 
