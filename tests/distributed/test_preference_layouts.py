@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from preference_worker import metrics, train
+from preference_worker import (
+    metrics,
+    train,
+    train_beside_a_resident_reference,
+    train_where_others_see_no_errors,
+)
 from tiny_pairs import write_tiny_pairs
 from tiny_shards import write_tiny_shards
 
@@ -35,7 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
 
 
 def aligned(
-    ranks: RankPool, folder: Path, name: str, *overrides: str, parallel: dict[str, Any] | None = None, count: int = 1
+    ranks: RankPool,
+    folder: Path,
+    name: str,
+    *overrides: str,
+    parallel: dict[str, Any] | None = None,
+    count: int = 1,
+    how: Callable[[list[str]], str | None] = train,
 ) -> list[str | None]:
     """Align in a layout; refusals by rank."""
     run = [
@@ -47,7 +60,7 @@ def aligned(
         f"training.steps={STEPS}",
     ]
     layout = [f"parallel.{field}={json.dumps(value)}" for field, value in (parallel or {}).items()]
-    return ranks.run(train, [*run, *layout, *overrides], ranks=count)
+    return ranks.run(how, [*run, *layout, *overrides], ranks=count)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +93,83 @@ def test_a_swapped_reference_gives_the_same_numbers(
 ) -> None:
     assert aligned(ranks, folder, "swapped", "dpo.reference=swapped") == [None]
     assert metrics(folder / "swapped") == single
+
+
+def test_both_give_the_numbers_of_a_second_model(ranks: RankPool, folder: Path, single: list[dict[str, Any]]) -> None:
+    assert aligned(ranks, folder, "resident", how=train_beside_a_resident_reference) == [None]
+    resident = metrics(folder / "resident")
+    assert resident[-1]["loser_change"] != 0
+    # Precomputed; the swapped one is compared with it above.
+    assert single == resident
+
+
+def test_one_rank_reads_the_errors(ranks: RankPool, folder: Path, single: list[dict[str, Any]]) -> None:
+    assert aligned(ranks, folder, "unseen", count=2, how=train_where_others_see_no_errors) == [None] * 2
+    for ours, theirs in zip(metrics(folder / "unseen"), single, strict=True):
+        assert ours == {key: pytest.approx(value, rel=1e-5, abs=2e-5) for key, value in theirs.items()}
+
+
+def test_data_that_is_left_out_moves_up_later_data_but_not_beta(ranks: RankPool, folder: Path) -> None:
+    options = ["faults.skip_data_steps=[[2,4]]", "dpo.final_beta=400"]
+    for way in ("precomputed", "swapped"):
+        assert aligned(ranks, folder, f"left_out_{way}", f"dpo.reference={way}", *options) == [None]
+    found = metrics(folder / "left_out_precomputed")
+    assert found == metrics(folder / "left_out_swapped")
+    check_betas(found, [40, 112, 184, 256, 328, 400])
+
+
+def check_betas(steps: list[dict[str, Any]], betas: list[float]) -> None:
+    """By the definition of the margin; nothing can be said of the first step, where it is zero."""
+    for step, beta in zip(steps, betas, strict=True):
+        change = step["winner_change"] - step["loser_change"]
+        assert step["reward_margin"] == pytest.approx(-beta / 2 * change, rel=1e-4, abs=1e-6 * beta)
+
+
+# Losses of one pair from its margin, the winner's error and beta: written anew, for one label in four that is wrong.
+LOSSES: dict[str, tuple[list[str], Callable[[float, float, float], float]]] = {
+    "dpo": ([], lambda margin, winner, beta: softplus(-margin)),
+    "smoothed": (
+        ["dpo.label_smoothing=0.25"],
+        lambda margin, winner, beta: 0.75 * softplus(-margin) + 0.25 * softplus(margin),
+    ),
+    "rdpo": (
+        ["dpo.loss=rdpo", "dpo.label_smoothing=0.25"],
+        lambda margin, winner, beta: 1.5 * softplus(-margin) - 0.5 * softplus(margin),
+    ),
+    "ipo": (["dpo.loss=ipo"], lambda margin, winner, beta: (margin / beta - 1 / (2 * beta)) ** 2),
+    "regularised": (["dpo.sft_weight=0.3"], lambda margin, winner, beta: softplus(-margin) + 0.3 * winner),
+    "schedule": (["dpo.final_beta=100"], lambda margin, winner, beta: softplus(-margin)),
+}
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_logged_is_the_formula_of_the_logged_errors(name: str, ranks: RankPool, folder: Path) -> None:
+    options, formula = LOSSES[name]
+    # One pair a step: the mean of a loss is not the loss of means.
+    one = ["data.global_batch_size=1", "data.draw_size=1", "training.steps=4"]
+    assert aligned(ranks, folder, f"loss_{name}", *one, *options) == [None]
+    found = metrics(folder / f"loss_{name}")
+    for step, beta in zip(found, [40, 60, 80, 100] if name == "schedule" else [40] * 4, strict=True):
+        margin = -beta / 2 * (step["winner_change"] - step["loser_change"])
+        assert step["reward_margin"] == pytest.approx(margin, rel=1e-4, abs=1e-6)
+        assert step["loss"] == pytest.approx(formula(margin, step["winner_error"], beta), rel=1e-4)
+    assert found[-1]["reward_margin"] != 0
+
+
+def test_a_schedule_goes_on_where_it_was(ranks: RankPool, folder: Path) -> None:
+    options = ["dpo.final_beta=400", "training.save_every=2", "training.keep_checkpoints=0"]
+    aligned(ranks, folder, "schedule", *options)
+    whole = metrics(folder / "schedule")
+    for step in (4, 6):
+        shutil.rmtree(folder / "schedule" / "checkpoints" / f"step_{step:08d}")
+    assert aligned(ranks, folder, "schedule", *options) == [None]
+    # Both lives have left their lines.
+    assert metrics(folder / "schedule")[6:] == whole[2:]
+    check_betas(whole, [40, 112, 184, 256, 328, 400])
 
 
 @pytest.mark.parametrize("name", ["dp4_zero1_overlap", "pp2_vpp2"])
