@@ -26,8 +26,8 @@ SETTINGS = {
 }
 
 
-def make_samples(folder: Path, scores: dict[str, list[float]]) -> Path:
-    """A folder as `dpo generate` leaves it, whose videos are as bright as `scores` say (in [0, 1])."""
+def make_samples(folder: Path, scores: dict[str, list[float]], categories: dict[str, str] | None = None) -> Path:
+    """A folder as `dpo generate` leaves it, whose videos are as bright as `scores` say (in [0, 1]), by prompt."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     lines, index = [], 0
@@ -37,7 +37,9 @@ def make_samples(folder: Path, scores: dict[str, list[float]]) -> Path:
             frames = np.full((17, 48, 48, 3), round(255 * value), np.uint8)
             write_mp4(folder / f"{index:05d}.mp4", frames, 8.0)
             write_latent(latent_file(folder, index), torch.randn(SHAPE, generator=generator), text)
-            lines.append({"index": index, "prompt": prompt, "seed": seed, "noise_index": 0, "file": f"{index:05d}.mp4"})
+            tags = {"category": categories[prompt]} if prompt in (categories or {}) else {}
+            own = {"index": index, "prompt": prompt, "seed": seed, "noise_index": 0, "file": f"{index:05d}.mp4"}
+            lines.append(tags | own)
             index += 1
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "settings.json").write_text(json.dumps({"settings": SETTINGS, "prompts": lines}))

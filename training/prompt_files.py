@@ -107,7 +107,10 @@ def _table(text: str, path: Path) -> Iterator[Row]:
             named = ((name, cell.strip()) for name, cell in zip(header, cells, strict=True) if cell.strip())
             yield Row(where, {name: cell for name, cell in named if name not in _OF_A_FOLDER})
     except csv.Error as error:
-        raise UserError(f"--prompts {path}, line {reader.line_num}: {error}") from None
+        raise UserError(
+            f"--prompts {path}, line {reader.line_num}: {error}; a cell that holds a quote doubles it and is quoted "
+            "itself, or a quote is never closed"
+        ) from None
 
 
 def _checked_header(names: Sequence[str], where: str) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,11 @@ from tiny_shards import write_tiny_shards
 
 from megatron_video.errors import UserError
 from megatron_video.fingerprint import vae_fingerprint
-from megatron_video.flops import LatentShape
 from megatron_video.generation import to_pixels
 from megatron_video.text import text_fingerprint, text_folders
 from megatron_video.video_io import probe, read_frames
 from training.sample import main
 from training.sample_folder import animated_gif, shrunk
-from training.sample_prompts import read_prompts
 from training.trained_encoders import trained_encoders
 
 PROMPTS = ["a red circle moves left", "a blue square moves up", "蓝色方块向上移动"]
@@ -141,6 +138,42 @@ def test_a_second_run_makes_only_what_is_missing(models: Path, tmp_path: Path, s
     assert len(json.loads((tmp_path / "out" / "settings.json").read_text())["prompts"]) == 3
 
 
+def test_a_latent_without_its_video_is_decoded_and_not_sampled_again(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = _command(models, out, "--latents", "--json")
+    main(arguments)
+    latents = {path: path.stat().st_mtime_ns for path in out.glob("*.latent.safetensors")}
+    assert len(latents) == 3
+    before = (out / "00001.mp4").read_bytes()
+    # As a run leaves it that is killed between sampling and decoding; the third has nothing at all.
+    for name in ("00001.mp4", "00002.mp4", "00002.latent.safetensors"):
+        (out / name).unlink()
+    capsys.readouterr()
+    main(arguments)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["made"], report["kept"], report["from_kept_latents"]) == (2, 1, 1)
+    changed = [path.name for path, time in latents.items() if path.stat().st_mtime_ns != time]
+    assert changed == ["00002.latent.safetensors"]
+    assert (out / "00001.mp4").read_bytes() == before
+
+
+def test_what_a_prompt_file_says_is_in_the_listing(models: Path, tmp_path: Path) -> None:
+    table = f"prompt,seed,category,by\n{PROMPTS[0]},3,Sports,me\n{PROMPTS[1]},,,\n"
+    (tmp_path / "p.csv").write_text(table)
+    arguments = _command(models, tmp_path / "out", "--frames", "1")
+    arguments[arguments.index("--prompts") + 1] = str(tmp_path / "p.csv")
+    main(arguments)
+    first, second = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert (first["category"], first["by"], first["seed"]) == ("Sports", "me", 3)
+    assert "category" not in second
+    # Categories change no sample, so others may be given.
+    (tmp_path / "p.csv").write_text(table.replace("Sports", "Food"))
+    main(arguments)
+    assert json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])["category"] == "Food"
+
+
 def test_other_settings_prompts_or_models_are_refused_by_name(models: Path, samples: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"steps: 3 there, 4 now"):
         main(_command(models, samples, "--steps", "4"))
@@ -231,44 +264,6 @@ def test_wrong_vae_or_encoders_are_refused(models: Path, tmp_path: Path) -> None
     build(["build", "--captions", str(models / "captions.txt"), "--out", str(tmp_path / "text"), "llm_hidden_size=32"])
     with pytest.raises(UserError, match=r"width 32 .* caption_channels=\[64, 48\]"):
         main([*_command(models, tmp_path / "out2"), "--text", str(tmp_path / "text")])
-
-
-def _write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    text = read_prompts(_write(tmp_path / "p.txt", "one\n\n two \n三\n"), seed=5)
-    assert [(p.text, p.seed, p.noise_index) for p in text] == [("one", 5, 0), ("two", 5, 1), ("三", 5, 2)]
-    lines = '{"prompt": "a", "seed": 9, "category": "x"}\n{"prompt": " b"}\n'
-    own, given = read_prompts(_write(tmp_path / "p.jsonl", lines), seed=5)
-    assert (own.seed, own.noise_index, own.tags) == (9, 0, {"category": "x"})
-    assert (given.seed, given.noise_index, given.text) == (5, 1, " b")
-
-
-def test_a_seeded_prompt_has_the_same_noise_in_any_file(tmp_path: Path) -> None:
-    one = '{"prompt": "a", "seed": 9}\n'
-    alone = read_prompts(_write(tmp_path / "a.jsonl", one), seed=0)[0]
-    third = read_prompts(_write(tmp_path / "b.jsonl", '{"prompt": "x"}\n{"prompt": "y"}\n' + one), seed=1)
-    shape = LatentShape(3, 2, 4)
-    assert torch.equal(alone.noise(shape, 5), third[2].noise(shape, 5))
-    assert alone.noise(shape, 5).shape == (1, 3, 5, 2, 4)
-    assert not torch.equal(third[0].noise(shape, 5), third[1].noise(shape, 5))
-
-
-BAD_LINES: dict[str, Callable[[], str]] = {
-    "holds no prompt": lambda: "\n",
-    "line 2 is not JSON": lambda: '{"prompt": "a"}\nprompt\n',
-    "line 1: expected": lambda: '{"caption": "a"}\n',
-    "seed='x' must be a whole number": lambda: '{"prompt": "a", "seed": "x"}\n',
-}
-
-
-@pytest.mark.parametrize("message", BAD_LINES)
-def test_bad_prompt_lines_are_refused_by_number(message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        read_prompts(_write(tmp_path / "p.jsonl", BAD_LINES[message]()), seed=0)
 
 
 def test_pixels_are_rounded_and_clamped() -> None:
