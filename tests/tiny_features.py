@@ -13,11 +13,11 @@ COUNTS = {"17x48x48": 20, "17x48x64": 14}
 """68 latents: more than one block."""
 
 
-def tiny_run(folder: Path) -> Path:
+def tiny_run(folder: Path, seed: int = 0) -> Path:
     """A run whose model takes the latents and text states of `tiny_pairs`."""
-    return write_tiny_run(folder, dit=replace(MODEL, caption_channels=[LLM_DIM, CLIP_DIM]))
+    return write_tiny_run(folder, seed=seed, dit=replace(MODEL, caption_channels=[LLM_DIM, CLIP_DIM]))
 
 
 def tiny_pairs(folder: Path, name: str = "pairs", seed: int = 0) -> Path:
-    """`folder`/`name` with 34 pairs in two buckets."""
-    return write_tiny_pairs(folder / name, COUNTS, seed=seed)
+    """`folder`/`name` with 34 pairs in two buckets, whose winners are larger."""
+    return write_tiny_pairs(folder / name, COUNTS, seed=seed, offset=0.5)

@@ -15,24 +15,29 @@ from megatron_video.shards import ShardWriter, finish_dataset, write_null_text
 PAIRS_INFO = dataclasses.replace(INFO, pairs=True)
 
 
-def write_tiny_pairs(folder: Path, counts: dict[str, int] | None = None, seed: int = 0, equal: bool = False) -> Path:
-    """Shards with `counts` pairs per bucket: winners rise over the columns, losers fall; with `equal` they are one."""
+def write_tiny_pairs(
+    folder: Path, counts: dict[str, int] | None = None, seed: int = 0, equal: bool = False, offset: float = 0.0
+) -> Path:
+    """Shards with `counts` pairs per bucket: winners rise over the columns, losers fall; with `equal` they are one.
+
+    `offset` is added to winners and taken from losers.
+    """
     counts = counts or {"17x48x48": 12, "17x48x64": 8, "1x48x48": 6}
     generator = torch.Generator().manual_seed(seed)
     for number, (name, count) in enumerate(counts.items()):
         with ShardWriter(folder, shard_name(number)) as writer:
             for index in range(count):
-                writer.add(_pair(f"{name}-{seed}-{index}", name, generator, equal), parse_bucket(name))
+                writer.add(_pair(f"{name}-{seed}-{index}", name, generator, equal, offset), parse_bucket(name))
     write_null_text(folder, torch.randn(2, LLM_DIM, generator=generator), torch.zeros(CLIP_SLOTS, CLIP_DIM))
     finish_dataset(folder, PAIRS_INFO)
     return folder
 
 
-def _pair(key: str, bucket: str, generator: torch.Generator, equal: bool) -> ShardSample:
+def _pair(key: str, bucket: str, generator: torch.Generator, equal: bool, offset: float) -> ShardSample:
     frames, height, width = parse_bucket(bucket).latent_shape
     ramp = torch.linspace(-1, 1, width).expand(frames, LATENT_CHANNELS, height, width)
-    winner = ramp + 0.3 * torch.randn(ramp.shape, generator=generator)
-    loser = winner if equal else -ramp + 0.3 * torch.randn(ramp.shape, generator=generator)
+    winner = ramp + offset + 0.3 * torch.randn(ramp.shape, generator=generator)
+    loser = winner if equal else -ramp - offset + 0.3 * torch.randn(ramp.shape, generator=generator)
     return ShardSample(
         key=key,
         moments=winner,

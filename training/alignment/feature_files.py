@@ -54,10 +54,9 @@ class FeatureSettings:
 
     def differences(self, other: FeatureSettings) -> str:
         """What is not equal, by name, with both values; empty if all is."""
-        theirs = asdict(other)
-        return "; ".join(
-            f"{name}: {value} and {theirs[name]}" for name, value in asdict(self).items() if value != theirs[name]
-        )
+        ours, theirs = asdict(self), asdict(other)
+        names = [name for name in ours if ours[name] != theirs[name]]
+        return "; ".join(f"{name}: {json.dumps(ours[name])} and {json.dumps(theirs[name])}" for name in names)
 
     def folder_in(self, data: Path) -> Path:
         """Where the features of a folder of pairs or samples are unless told otherwise: beside its own files."""
