@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_video.errors import UserError
-from training.sample_latents import latent_file
 
 SETTINGS_FILE, LISTING_FILE = "settings.json", "samples.jsonl"
 # Of samples without a category, in a folder where others have one.
 NO_CATEGORY = "(none)"
+
+# Settings in which two folders that are compared may differ.
+_FREE = {"checkpoint", "ema", "latents", "precision"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,16 @@ class Sample:
     """What the prompt is about, where the list of prompts says so."""
 
     @property
+    def noise_key(self) -> tuple[str, int]:
+        """Equal for the videos that several models made of one initial noise."""
+        return self.prompt, self.seed
+
+    @property
     def latent_file(self) -> Path:
         """Where its latent is, if it was kept."""
+        # Here: who only looks at videos does without torch.
+        from training.sample_latents import latent_file
+
         return latent_file(self.file.parent, self.index)
 
 
@@ -79,6 +89,25 @@ def read_generated(folder: Path) -> Generated:
     if gone:
         raise UserError(f"--samples {folder}: {len(gone)} videos are not there, first: {gone[0]}; generate again")
     return Generated(folder, record["settings"], samples)
+
+
+def check_alike(old: Generated, new: Generated) -> None:
+    """Whether two folders were sampled alike, but for the weights.
+
+    Raises:
+        UserError: other prompts, seeds or settings.
+    """
+    names = sorted({*old.settings, *new.settings} - _FREE)
+    different = [name for name in names if old.settings.get(name) != new.settings.get(name)]
+    if different:
+        lines = "; ".join(f"{name}: {old.settings.get(name)} and {new.settings.get(name)}" for name in different)
+        raise UserError(f"{old.folder} and {new.folder} were sampled otherwise ({lines}); only weights may differ")
+    theirs, ours = ({sample.noise_key for sample in side.samples} for side in (old, new))
+    if theirs != ours:
+        raise UserError(
+            f"{old.folder} and {new.folder} hold other prompts or seeds ({len(theirs - ours)} and "
+            f"{len(ours - theirs)} of them are in one alone); sample both from one prompt file"
+        )
 
 
 def _sample(folder: Path, line: str) -> Sample:

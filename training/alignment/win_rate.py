@@ -15,12 +15,9 @@ from typing import Any
 
 from megatron_video.cli import run_command
 from megatron_video.errors import UserError
-from training.alignment.generated import Generated, Sample, read_generated
+from training.alignment.generated import Generated, check_alike, read_generated
 from training.alignment.score import scored_alone
 from training.measure_shapes import wilson_interval
-
-# Settings in which two folders that are compared may differ.
-_FREE = {"checkpoint", "ema", "latents", "precision"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def compare(before: Path, after: Path, scores: str = "scores.jsonl") -> WinRate:
         raise UserError(f"{before} and {after}: no prompt and seed has a score in both {scores}")
     parts = {}
     for name, samples in new.by_category().items():
-        rated = [pairs[_key(sample)] for sample in samples if _key(sample) in pairs]
+        rated = [pairs[sample.noise_key] for sample in samples if sample.noise_key in pairs]
         if rated:
             parts[name] = _outcomes(rated, len(samples) - len(rated))
     return replace(_outcomes(list(pairs.values()), len(old.samples) - len(pairs)), by_category=parts)
@@ -114,32 +111,9 @@ def _outcomes(pairs: Sequence[tuple[float, float]], unrated: int) -> WinRate:
     )
 
 
-def check_alike(old: Generated, new: Generated) -> None:
-    """Whether two folders were sampled alike, but for the weights.
-
-    Raises:
-        UserError: other prompts, seeds or settings.
-    """
-    names = sorted({*old.settings, *new.settings} - _FREE)
-    different = [name for name in names if old.settings.get(name) != new.settings.get(name)]
-    if different:
-        lines = "; ".join(f"{name}: {old.settings.get(name)} and {new.settings.get(name)}" for name in different)
-        raise UserError(f"{old.folder} and {new.folder} were sampled otherwise ({lines}); only weights may differ")
-    theirs, ours = ({_key(sample) for sample in side.samples} for side in (old, new))
-    if theirs != ours:
-        raise UserError(
-            f"{old.folder} and {new.folder} hold other prompts or seeds ({len(theirs - ours)} and "
-            f"{len(ours - theirs)} of them are in one alone); sample both from one prompt file"
-        )
-
-
 def _by_noise(side: Generated, path: Path) -> dict[tuple[str, int], float]:
     rated, scores, _ = scored_alone(side, path)
-    return {_key(sample): scores[sample.index] for sample in rated.samples}
-
-
-def _key(sample: Sample) -> tuple[str, int]:
-    return sample.prompt, sample.seed
+    return {sample.noise_key: scores[sample.index] for sample in rated.samples}
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

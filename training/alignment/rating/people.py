@@ -10,10 +10,10 @@ from statistics import mean
 from typing import Any
 
 from megatron_video.errors import UserError
-from training.alignment.generated import read_generated
+from training.alignment.generated import check_alike, read_generated
 from training.alignment.rating.matched import JudgedPair, judged_pairs
 from training.alignment.rating.votes import read_ratings
-from training.alignment.win_rate import WinRate, check_alike
+from training.alignment.win_rate import WinRate
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def compare_by_people(before: Path, after: Path, files: Sequence[Path]) -> Human
 
 def _one_noise(pair: JudgedPair) -> bool:
     a, b = pair.a, pair.b
-    return a.folder != b.folder and (a.sample.prompt, a.sample.seed) == (b.sample.prompt, b.sample.seed)
+    return a.folder != b.folder and a.sample.noise_key == b.sample.noise_key
 
 
 def _by_rater(pairs: Sequence[JudgedPair]) -> dict[str, float]:

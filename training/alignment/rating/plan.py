@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import islice
 from pathlib import Path
 
 from megatron_video.files import file_sha256
-from training.alignment.generated import Generated, Sample
+from training.alignment.generated import Generated, Sample, check_alike
 from training.alignment.rating.votes import Choice, Side
-from training.alignment.win_rate import check_alike
 
 # So many other pairs come between a pair and its second showing, if there are twice as many.
 _REPEAT_DISTANCE = 20
@@ -36,6 +34,11 @@ class Candidate:
         """Of the file, hex."""
         return file_sha256(self.sample.file)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """As `Member.key` of a vote."""
+        return self.sha256, self.sample.prompt
+
 
 @dataclass(frozen=True)
 class AskedPair:
@@ -47,7 +50,7 @@ class AskedPair:
     @cached_property
     def key(self) -> frozenset[tuple[object, ...]]:
         """As a vote names the pair, by the contents of its files."""
-        return frozenset(((self.a.sha256,), (self.b.sha256,)))
+        return frozenset((self.a.key, self.b.key))
 
     def draw(self, *words: object) -> bytes:
         """Random bytes for this pair, the same at every call with the same words."""
@@ -78,11 +81,13 @@ class Question:
 
 
 def pairs_within(generated: Generated, most_of_prompt: int, seed: int) -> list[AskedPair]:
-    """At most so many pairs of every prompt, such that its videos are in equally many, as far as that goes."""
+    """At most so many pairs of every prompt, its videos in equally many of them, or one more."""
     return [
         pair
         for samples in generated.by_prompt().values()
-        for pair in _spread([Candidate(generated.folder, sample) for sample in samples], most_of_prompt, seed)
+        for pair in islice(
+            _tournament([Candidate(generated.folder, sample) for sample in samples], seed), most_of_prompt
+        )
     ]
 
 
@@ -94,7 +99,7 @@ def pairs_between(before: Generated, after: Generated) -> list[AskedPair]:
     """
     check_alike(before, after)
     theirs, ours = (
-        sorted(side.samples, key=lambda sample: (sample.prompt, sample.seed, sample.index)) for side in (before, after)
+        sorted(side.samples, key=lambda sample: (sample.noise_key, sample.index)) for side in (before, after)
     )
     return [
         AskedPair(Candidate(before.folder, old), Candidate(after.folder, new))
@@ -122,17 +127,20 @@ def make_plan(pairs: Sequence[AskedPair], rater: str, seed: int, repeat: float) 
     return [question for _, question in sorted(places, key=lambda item: item[0])]
 
 
-def _spread(videos: Sequence[Candidate], most: int, seed: int) -> list[AskedPair]:
-    left = [AskedPair(one, other) for one, other in combinations(videos, 2)]
-    used: Counter[int] = Counter()
-    chosen: list[AskedPair] = []
-    while left and len(chosen) < most:
-        # So that no video stays without a rating while others have several.
-        pair = min(left, key=lambda pair: (used[pair.a.sample.index] + used[pair.b.sample.index], pair.draw(seed)))
-        left.remove(pair)
-        used.update((pair.a.sample.index, pair.b.sample.index))
-        chosen.append(pair)
-    return chosen
+def _tournament(videos: Sequence[Candidate], seed: int) -> Iterator[AskedPair]:
+    """All pairs, round by round; in a round every video is in one pair, so that none waits while others have several.
+
+    The circle method (J. Schurig, 1886): two rounds after each other link all videos, which strengths need.
+    """
+    ring: list[Candidate | None] = [*sorted(videos, key=lambda video: AskedPair(video, video).draw(seed))]
+    if len(ring) % 2:
+        ring.append(None)  # who meets it rests
+    for _ in range(len(ring) - 1):
+        for one, other in zip(ring[: len(ring) // 2], reversed(ring), strict=False):
+            if one and other:
+                first, second = sorted((one, other), key=lambda video: video.sample.index)
+                yield AskedPair(first, second)
+        ring = [ring[0], ring[-1], *ring[1:-1]]
 
 
 def _drawn_side(pair: AskedPair, seed: int, rater: str) -> Side:

@@ -45,7 +45,7 @@ class Member:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for one video; the content's checksum says it best, wherever the file lies."""
-        return (self.sha256,) if self.sha256 else astuple(self)
+        return (self.sha256, self.prompt) if self.sha256 else astuple(self)
 
 
 class _Line(BaseModel):
