@@ -16,18 +16,27 @@ PAIRS_INFO = dataclasses.replace(INFO, pairs=True)
 
 
 def write_tiny_pairs(
-    folder: Path, counts: dict[str, int] | None = None, seed: int = 0, equal: bool = False, offset: float = 0.0
+    folder: Path,
+    counts: dict[str, int] | None = None,
+    seed: int = 0,
+    equal: bool = False,
+    offset: float = 0.0,
+    reverse: bool = False,
 ) -> Path:
     """Shards with `counts` pairs per bucket: winners rise over the columns, losers fall; with `equal` they are one.
 
-    `offset` is added to winners and taken from losers.
+    `offset` is added to winners and taken from losers. With `reverse` winner and loser are exchanged.
     """
     counts = counts or {"17x48x48": 12, "17x48x64": 8, "1x48x48": 6}
     generator = torch.Generator().manual_seed(seed)
     for number, (name, count) in enumerate(counts.items()):
         with ShardWriter(folder, shard_name(number)) as writer:
             for index in range(count):
-                writer.add(_pair(f"{name}-{seed}-{index}", name, generator, equal, offset), parse_bucket(name))
+                sample = _pair(f"{name}-{seed}-{index}", name, generator, equal, offset)
+                if reverse:
+                    assert sample.loser is not None
+                    sample = sample._replace(moments=sample.loser, loser=sample.moments)
+                writer.add(sample, parse_bucket(name))
     write_null_text(folder, torch.randn(2, LLM_DIM, generator=generator), torch.zeros(CLIP_SLOTS, CLIP_DIM))
     finish_dataset(folder, PAIRS_INFO)
     return folder
