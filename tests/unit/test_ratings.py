@@ -226,7 +226,7 @@ def test_the_human_win_rate(
     lines.append(line("ann", 0, 1, "a", samples_a=str(samples), samples_b=str(samples)))
     found = people(samples, other_model, written(tmp_path / "r.jsonl", lines), capsys)
     counts = {name: found[name] for name in ("wins", "ties", "losses", "split", "skipped", "unrated", "elsewhere")}
-    assert counts == {"wins": 1, "ties": 1, "losses": 1, "split": 1, "skipped": 1, "unrated": 2, "elsewhere": 1}
+    assert counts == {"wins": 1, "ties": 1, "losses": 1, "split": 1, "skipped": 1, "unrated": 3, "elsewhere": 1}
     assert found["win_rate"] == 0.5
     assert found["raters"] == {"ann": pytest.approx(2 / 3), "bob": 0.5}
     assert found["interval_95"][0] < 0.5 < found["interval_95"][1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,17 @@ def compare(before: Path, after: Path, scores: str = "scores.jsonl") -> WinRate:
     pairs = {key: (old_scores[key], new_scores[key]) for key in old_scores if key in new_scores}
     if not pairs:
         raise UserError(f"{before} and {after}: no prompt and seed has a score in both {scores}")
+    return outcomes(pairs, new)
+
+
+def outcomes(pairs: Mapping[tuple[str, int], tuple[float, float]], new: Generated) -> WinRate:
+    """Outcomes of (before, after) by prompt and seed, over all and by the categories of the samples in `new`."""
     parts = {}
     for name, samples in new.by_category().items():
         rated = [pairs[sample.noise_key] for sample in samples if sample.noise_key in pairs]
         if rated:
             parts[name] = _outcomes(rated, len(samples) - len(rated))
-    return replace(_outcomes(list(pairs.values()), len(old.samples) - len(pairs)), by_category=parts)
+    return replace(_outcomes(list(pairs.values()), len(new.samples) - len(pairs)), by_category=parts)
 
 
 def _outcomes(pairs: Sequence[tuple[float, float]], unrated: int) -> WinRate:

@@ -13,7 +13,7 @@ from megatron_video.errors import UserError
 from training.alignment.generated import check_alike, read_generated
 from training.alignment.rating.matched import JudgedPair, judged_pairs
 from training.alignment.rating.votes import read_ratings
-from training.alignment.win_rate import WinRate
+from training.alignment.win_rate import WinRate, outcomes
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class HumanWinRate:
     """Outcomes over pairs of videos of one prompt and seed, each by the majority of its raters."""
 
     outcomes: WinRate
-    """A pair whose votes are balanced is a tie; `mean_before` and `mean_after` are shares of votes."""
+    """A pair's scores are shares of its votes, so balanced votes are a tie."""
     raters: dict[str, float]
     """Win rate by each rater's own votes, ties counting half."""
     votes: int
     split: int
     """Pairs on which raters preferred different videos."""
     skipped: int
-    """Pairs that nobody could decide."""
+    """Pairs that nobody could decide; they are unrated."""
     elsewhere: int
     """Votes on other pairs."""
 
@@ -38,15 +38,11 @@ class HumanWinRate:
         return {**self.outcomes.values(), **own}
 
     def __str__(self) -> str:
-        found = self.outcomes
-        low, high = found.values()["interval_95"]
         by_rater = ", ".join(f"{name} {rate:.1%}" for name, rate in self.raters.items())
         return (
-            f"win rate {found.rate:.1%} (95 % interval {low:.1%} to {high:.1%}; {found.wins} pairs won, "
-            f"{found.ties} tied, {found.losses} lost, by the majority of {self.votes} votes; "
-            f"{self.split} pairs with raters for either side)\nby rater: {by_rater}\n"
-            f"not counted: {self.skipped} pairs that nobody could decide, {found.unrated} without a vote, "
-            f"{self.elsewhere} votes on other pairs"
+            f"{self.outcomes}\n{self.votes} votes, a pair's score is its share of them; by rater: {by_rater}\n"
+            f"{self.split} pairs have raters for either side, {self.skipped} of the unrated could not be decided; "
+            f"{self.elsewhere} votes are on other pairs"
         )
 
 
@@ -63,28 +59,19 @@ def compare_by_people(before: Path, after: Path, files: Sequence[Path]) -> Human
         raise UserError(f"--ratings {', '.join(map(str, files))}: a win rate needs votes on pairs, not numbers")
     judged = judged_pairs(votes, folders)
     pairs = [pair for pair in judged.pairs if _one_noise(pair)]
-    skipped = sum(map(_one_noise, judged.skipped))
     if not pairs:
         raise UserError(
             f"--ratings {', '.join(map(str, files))}: no vote is on one prompt and seed in both {before} and {after}; "
             f"`megatron-video dpo rate --samples {before} --against {after}`"
         )
-    # Folder 0 is `a`: shares are those of `before`.
-    old = mean(share for pair in pairs for share in pair.shares.values())
-    outcomes = WinRate(
-        wins=sum(pair.balance < 0 for pair in pairs),
-        ties=sum(pair.balance == 0 for pair in pairs),
-        losses=sum(pair.balance > 0 for pair in pairs),
-        mean_before=old,
-        mean_after=1 - old,
-        unrated=len(folders[0].samples) - len(pairs) - skipped,
-    )
+    # Folder 0 is `a`: its balance counts for `before`.
+    shares = {pair.a.sample.noise_key: ((1 + pair.balance) / 2, (1 - pair.balance) / 2) for pair in pairs}
     return HumanWinRate(
-        outcomes,
+        outcomes(shares, folders[1]),
         _by_rater(pairs),
         votes=sum(len(pair.shares) for pair in pairs),
         split=sum(pair.disagree for pair in pairs),
-        skipped=skipped,
+        skipped=sum(map(_one_noise, judged.skipped)),
         elsewhere=judged.elsewhere + sum(len(pair.shares) for pair in judged.pairs if not _one_noise(pair)),
     )
 
