@@ -64,10 +64,10 @@ def test_features_are_statistics_of_the_hidden_states_of_the_whole_model(run: Pa
     found = files.read([3])
     for layer in (0, 1):
         tokens = hidden[f"layers.{layer}"]
-        frames = tokens.view(item.latent.shape[0], -1, tokens.shape[-1]).mean(1)
+        frames = tokens.view(item.latent.shape[0], -1, tokens.shape[-1])
         torch.testing.assert_close(found.features[0, 1, layer, 0], tokens.mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.features[0, 1, layer, 1], tokens.std(0, correction=0), atol=1e-5, rtol=1e-4)
-        change = (frames[1:] - frames[:-1]).square().mean(0).sqrt()
+        change = (frames[1:] - frames[:-1]).square().mean((0, 1)).sqrt()
         torch.testing.assert_close(found.features[0, 1, layer, 2], change, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.llm[0], item.llm.float().mean(0))
 

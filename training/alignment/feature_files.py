@@ -26,7 +26,7 @@ from megatron_video.errors import UserError
 from megatron_video.files import appearing, write_atomically
 
 FOLDER, IDENTITY_FILE = "features", "features.json"
-STATISTICS = ("mean over tokens", "standard deviation over tokens", "RMS change of the frames' means")
+STATISTICS = ("mean over tokens", "standard deviation over tokens", "RMS change from frame to frame")
 # A killed pass computes at most one block of every replica again.
 BLOCK = 64
 _OPEN_BLOCKS = 64

@@ -1,18 +1,14 @@
-"""The DiT over noised latents, for the hidden states inside it, pooled over tokens; in every layout.
-
-Hidden states are summed where they are, frame by frame, on the rank that holds the tokens; the sums, a few numbers per
-channel, are added over the ranks. So nothing of the size of a sequence is gathered or kept.
-"""
+"""The DiT over noised latents, for the hidden states inside it, pooled over tokens; in every layout."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_video.dit import VideoDiT
@@ -22,12 +18,14 @@ from megatron_video.flow_matching import interpolate
 from megatron_video.generation import velocity_function
 from megatron_video.noise import NoiseSource
 from megatron_video.text import TextStates
-from training.alignment.feature_files import Features, FeatureSettings
+from training.alignment.feature_files import STATISTICS, Features, FeatureSettings
 from training.alignment.feature_latents import Latent
 from training.pipeline_forward import PipelineForward
 
 # Part of every key of noise.
 _STAGE = "features"
+# Gathered together: 76,000 tokens of them take 160 MB in fp64.
+_CHANNELS = 256
 
 
 class FeaturePass:
@@ -63,11 +61,11 @@ class FeaturePass:
         found = []
         for time in self.settings.times:
             times = torch.full((len(batch),), time)
-            sums = LayerSums(self.settings.layers, data.shape, self._model[0])
+            pool_of = LayerPool(self.settings.layers, data.shape, self._model[0])
             for chunk in self._model:
-                chunk.activation_watch = sums
+                chunk.activation_watch = pool_of
             velocity(interpolate(noise, data, times).to(self._device), times.to(self._device))
-            found.append(sums.pooled())
+            found.append(pool_of.pooled())
         features = torch.stack(found, dim=1)
         if not features.isfinite().all():
             raise UserError(
@@ -77,8 +75,11 @@ class FeaturePass:
         return Features(features, llm, clip)
 
 
-class LayerSums:
-    """Sums of hidden states and of their squares over the tokens of every latent frame; told by the model as it runs.
+class LayerPool:
+    """STATISTICS of hidden states over all tokens of each latent; told by the model as it runs.
+
+    Every rank of a stage gathers the tokens of the others, some channels at a time, and so pools what one process
+    would: the change from frame to frame is between tokens that may lie on two ranks.
 
     Args:
         layers: which, counted from 0 over the whole model.
@@ -89,47 +90,41 @@ class LayerSums:
     def __init__(self, layers: Sequence[int], shape: Sequence[int], model: VideoDiT) -> None:
         self._rows = {f"layers.{layer}": row for row, layer in enumerate(layers)}
         self._groups, self._cuts_sequence = model.groups, model.config.sequence_parallel
-        batch, self._frames, _, height, width = shape
-        self._per_frame = height // model.dit_config.patch_size * (width // model.dit_config.patch_size)
-        # fp64: a variance is a small difference of large sums, and ranks add them in another order.
-        self._sums = torch.zeros(
-            (len(layers), 2, self._frames, batch, model.dit_config.hidden_size),
-            dtype=torch.float64,
-            device=next(model.parameters()).device,
-        )
+        batch, self._frames = shape[:2]
+        size = batch, len(layers), len(STATISTICS), model.dit_config.hidden_size
+        # Layers of other stages stay zero.
+        self._pooled = torch.zeros(size, device=next(model.parameters()).device)
 
     def __call__(self, name: str, hidden: Tensor, tokens: TokenLayout) -> None:
-        """Add this rank's tokens of a layer, [s, b, D]."""
+        """Pool a layer's hidden states, of which [s, b, D] are this rank's."""
         if name not in self._rows:
             return
-        sums = self._sums[self._rows[name]]
-        for frame in range(self._frames):
-            first, end = (
-                min(max(place - tokens.first, 0), len(hidden))
-                for place in (frame * self._per_frame, (frame + 1) * self._per_frame)
-            )
-            # A frame at a time: fp64 of all tokens would be four times what the model holds.
-            part = hidden[first:end].double()
-            sums[0, frame] += part.sum(0)
-            sums[1, frame] += part.square().sum(0)
+        for first in range(0, hidden.shape[-1], _CHANNELS):
+            part = hidden[..., first : first + _CHANNELS].contiguous()
+            whole = self._gathered(part)[: tokens.count].unflatten(0, (self._frames, -1))
+            self._pooled[:, self._rows[name], :, first : first + _CHANNELS] = pool(whole)
 
     def pooled(self) -> Tensor:
-        """STATISTICS over all tokens, [b, layers, statistics, D] fp32 on the CPU; all ranks of a replica together."""
-        for group in self._adding():
-            dist.all_reduce(self._sums, group=group)
-        means = self._sums / self._per_frame
-        mean, square = means.mean(2).unbind(1)
-        deviation = (square - mean.square()).clamp_min(0).sqrt()
-        steps = means[:, 0].diff(dim=1)
-        change = steps.square().mean(1).sqrt() if self._frames > 1 else torch.zeros_like(mean)
-        return torch.stack([mean, deviation, change], dim=2).transpose(0, 1).float().cpu()
+        """[b, layers, statistics, D] fp32 on the CPU; all ranks of a replica together."""
+        if self._groups.pp.size() > 1:
+            dist.all_reduce(self._pooled, group=self._groups.pp)
+        return self._pooled.cpu()
 
-    def _adding(self) -> Iterator[Any]:
-        """Groups whose ranks hold different tokens, or different layers."""
-        groups = self._groups
-        for group, cut in ((groups.tp, self._cuts_sequence), (groups.cp, True), (groups.pp, True)):
-            if cut and group.size() > 1:
-                yield group
+    def _gathered(self, tokens: Tensor) -> Tensor:
+        if self._cuts_sequence:
+            tokens = gather_from_sequence_parallel_region(tokens, group=self._groups.tp)
+        if self._groups.cp.size() > 1:
+            tokens = gather_from_sequence_parallel_region(tokens, group=self._groups.cp)
+        return tokens
+
+
+def pool(tokens: Tensor) -> Tensor:
+    """STATISTICS, [b, statistics, D] fp32, of tokens [T, places, b, D]; what changes in a single frame is 0."""
+    tokens = tokens.double()
+    mean = tokens.mean((0, 1))
+    deviation = (tokens - mean).square().mean((0, 1)).sqrt()
+    change = tokens.diff(dim=0).square().mean((0, 1)).sqrt() if len(tokens) > 1 else torch.zeros_like(mean)
+    return torch.stack([mean, deviation, change], dim=1).float()
 
 
 def take_off_layers(chunk: VideoDiT, last: int) -> None:

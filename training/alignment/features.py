@@ -1,8 +1,9 @@
 """`megatron-video dpo features`, or `torchrun ... -m training.alignment.features`: features of the DiT for latents.
 
-The model runs over every latent, noised to the given times with noise that depends on the prompt alone; hidden states
-after the given layers are pooled over tokens: mean and standard deviation, and how much the mean of a frame changes to
-the next. Layers behind the last one wanted are not computed. The same command goes on where it was interrupted.
+The model runs over every latent, noised to the given times with noise that depends on the prompt alone. Hidden states
+after the given layers are pooled over tokens: mean, standard deviation, and the root mean square of the change from
+frame to frame, so that motion is not averaged away. Layers behind the last one wanted are not computed. The same
+command goes on where it was interrupted.
 """
 
 from __future__ import annotations
