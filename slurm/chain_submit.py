@@ -20,6 +20,7 @@ from slurm.checks import Plan, check
 from slurm.job import STOP, Job, next_folder
 from slurm.known_jobs import remember
 from slurm.profile import ClusterProfile
+from slurm.sampling_stage import copy_problems
 from slurm.snapshot import source_root
 from slurm.submission import Request
 from slurm.submit import sbatch_options, submit_job
@@ -87,7 +88,7 @@ class Submission:
             },
         )
         # A node that goes down gives its tasks to another; what is done of them is done.
-        return Request(job, self.profile, SCRIPT, options=["--requeue"])
+        return Request(job, self.profile, SCRIPT, options=["--requeue"], problems=copy_problems(stage))
 
     def problems(self, requests: Sequence[Request]) -> tuple[list[str], list[str]]:
         """Why the chain cannot be submitted, and notes; each with the stage's name."""

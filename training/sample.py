@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Check everything that can be checked before anything big is loaded, then sample."""
-    arguments = parse_arguments(argv, __doc__)
+    return run(parse_arguments(argv, "megatron-video sample", str(__doc__)))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sample as the options say, on all ranks.
+
+    Raises:
+        UserError: an argument that cannot work, or a file that cannot be read or written.
+    """
     # The device comes first: it decides what the imports below may assume.
     from megatron_video.device import initialize
 

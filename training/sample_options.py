@@ -30,10 +30,17 @@ LAYOUT_OPTIONS = {
 }
 
 
-def parse_arguments(argv: Sequence[str], about: str | None) -> argparse.Namespace:
-    """The options of `megatron-video sample`; `about` opens its help."""
-    parser = argparse.ArgumentParser(prog="megatron-video sample", description=about)
-    _add_inputs(parser)
+def parse_arguments(argv: Sequence[str], program: str, about: str, keeps_latents: bool = False) -> argparse.Namespace:
+    """The options of `megatron-video sample`, and of `dpo generate`, which keeps latents always.
+
+    Args:
+        argv: the command line.
+        program: its name, for the help.
+        about: opens the help.
+        keeps_latents: whether there is no choice.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    _add_inputs(parser, keeps_latents)
     _add_sampling(parser)
     _add_layout(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -78,7 +85,7 @@ def _attribute(option: str) -> str:
     return option.removeprefix("--").replace("-", "_")
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_inputs(parser: argparse.ArgumentParser, keeps_latents: bool) -> None:
     add = parser.add_argument_group("models, prompts, output").add_argument
     add("--checkpoint", type=Path, required=True, help="run folder (its newest checkpoint) or checkpoint folder")
     add("--ema", action="store_true", help="use the averaged weights (of a run with ema.decay)")
@@ -108,7 +115,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add(
         "--latents",
         action="store_true",
-        help="keep latents and text states too, for preference pairs; they are decoded last, on all ranks",
+        default=keeps_latents,
+        help=argparse.SUPPRESS
+        if keeps_latents
+        else "keep latents and text states too, as `dpo generate` does; they "
+        "are decoded last, when the model is gone, on all ranks",
     )
 
 

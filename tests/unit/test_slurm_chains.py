@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from slurm.chain import Chain, ChainStage, load_chain, safe_name, spread_units
 from slurm.convert_chain import needed_memory_gb, needed_seconds
 from slurm.data_chain import Size, step_stages
 from slurm.results import Result, read_results, result_path, write_result
+from slurm.sampling_stage import copy_problems
 from slurm.stages_chain import _by_stage
 from slurm.stale_locks import free_stale_locks
 from slurm.task import last_json, last_word
@@ -82,6 +84,27 @@ def test_commands_under_a_launcher_are_modules() -> None:
     plain = ChainStage(name="a", command=["sample", "--out", "x"])
     assert plain.job_command == ["sample", "--out", "x"]
     assert replace(plain, ranks=2).job_command == ["-m", "training.sample", "--out", "x"]
+
+
+@pytest.mark.parametrize(
+    ("command", "nodes", "ranks", "problem"),
+    [
+        ("dpo generate --tensor-parallel-size 8", 16, 8, None),
+        ("dpo generate --tensor-parallel-size=2 --context-parallel-size 8", 2, 8, None),
+        ("dpo generate --tensor-parallel-size=2 --context-parallel-size 8", 1, 8, "takes 16 ranks, .* divide 8"),
+        ("sample --pipeline-parallel-size 3", 2, 4, r"3 ranks, which do not divide 8 \(nodes=2 x ranks=4\)"),
+        ("sample --context-parallel-size 2", 1, None, r"do not divide 1 \(no ranks, so one process\)"),
+        ("sample --tensor-parallel-size two", 1, 2, "--tensor-parallel-size two: not a number"),
+        ("sample --tensor-parallel-size 0", 1, 2, "takes 0 ranks"),
+        ("dpo score --tensor-parallel-size 3", 1, 2, None),
+    ],
+)
+def test_a_stage_that_samples_needs_ranks_for_whole_copies(
+    command: str, nodes: int, ranks: int | None, problem: str | None
+) -> None:
+    found = copy_problems(ChainStage(name="a", command=command.split(), nodes=nodes, ranks=ranks))
+    assert bool(found) == (problem is not None)
+    assert problem is None or re.search(problem, found[0])
 
 
 def test_units_are_spread_over_the_tasks_that_the_cluster_allows() -> None:
