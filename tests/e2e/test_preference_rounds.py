@@ -95,6 +95,7 @@ def test_two_rounds_from_one_file(models: Path, capfd: pytest.CaptureFixture[str
         ("rounds=0", "rounds=0"),
         ("prompts=nowhere.txt", "nowhere.txt is not readable"),
         ("sampling.frame=17", "frame"),
+        ("sampling_layout=[--steps=4]", "sampling_layout has '--steps', which is none of --tensor-parallel-size"),
     ],
 )
 def test_what_gives_no_rounds_is_refused(change: str, said: str, models: Path, tmp_path: Path) -> None:

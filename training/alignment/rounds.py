@@ -110,7 +110,11 @@ def _generated(config: RoundsConfig, step: str, model: str, prompts: Path, out: 
     arguments = ["--checkpoint", model, "--prompts", str(prompts), "--out", str(out), *config.sampling.options()]
     encoders = ["--vae", config.vae, "--text", config.text]
     return Command(
-        step, "training.alignment.generate", [*arguments, *encoders], out / "contact_sheet.png", launched=True
+        step,
+        "training.alignment.generate",
+        [*arguments, *encoders, *config.sampling_layout],
+        out / "contact_sheet.png",
+        launched=True,
     )
 
 
@@ -172,7 +176,7 @@ def _round_prompts(config: RoundsConfig, folder: Path, number: int) -> Path:
         # Prompts that bring no seed get seeds of their own; no round has a seed of another.
         seeds = [prompt.seed + prompt.noise_index * config.seeds for prompt in prompts]
         lines = [
-            {"prompt": prompt.text, "seed": (number - 1) * _SEEDS_APART + seed}
+            {**prompt.tags, "prompt": prompt.text, "seed": (number - 1) * _SEEDS_APART + seed}
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
@@ -205,7 +209,7 @@ def _claim(config: RoundsConfig, root: Path) -> None:
     path = root / "rounds.yaml"
     if path.exists():
         before = load_config(RoundsConfig, path)
-        names = [name for name in vars(config) if name not in ("rounds", "launcher")]
+        names = [name for name in vars(config) if name not in ("rounds", "launcher", "sampling_layout")]
         different = [name for name in names if getattr(before, name) != getattr(config, name)]
         if different:
             lines = "; ".join(

@@ -6,6 +6,7 @@ from dataclasses import field
 from pathlib import Path
 
 from megatron_video.config_io import config_dataclass
+from training.sample_options import LAYOUT_OPTIONS
 
 PRESET_DIR = Path(__file__).parent.parent / "configs" / "rounds"
 
@@ -95,6 +96,8 @@ class RoundsConfig:
     """Overrides of the training, such as dpo.beta=500."""
     launcher: list[str] = field(default_factory=list)
     """What starts ranks, such as [torchrun, --standalone, --nproc-per-node, "8"]; []: one process."""
+    sampling_layout: list[str] = field(default_factory=list)
+    """Options of generation for the layout of those ranks, such as [--tensor-parallel-size, "8"]."""
 
     def __post_init__(self) -> None:
         """Refuse what gives no rounds.
@@ -108,3 +111,8 @@ class RoundsConfig:
             raise ValueError(f"seeds={self.seeds} must be at least 2, to have videos to compare")
         if not self.score:
             raise ValueError("score is empty; name a scorer, such as shape_motion")
+        known = LAYOUT_OPTIONS.values()
+        for word in self.sampling_layout:
+            option = word.partition("=")[0]
+            if option.startswith("-") and option not in known:
+                raise ValueError(f"sampling_layout has {option!r}, which is none of {', '.join(known)}")
