@@ -165,6 +165,11 @@ def test_what_nobody_rated_is_refused_or_left_out_and_counted(
     assert (report["pairs"], report["left_out"]) == (1, {"unrated": 3})
 
 
+def test_a_file_of_ratings_that_is_not_there(samples: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none.jsonl: cannot be read: No such file"):
+        scored(samples, tmp_path / "none.jsonl")
+
+
 def test_scores_of_a_file_that_grew_are_not_mixed(samples: Path, tmp_path: Path) -> None:
     ratings = written(tmp_path / "r.jsonl", [line("ann", 0, 1, "b")])
     scored(samples, ratings, "--unrated", "skip")

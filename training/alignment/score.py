@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     generated = read_generated(arguments.samples)
     given = _weights(arguments.scorers)
-    scorers = {scorer_label(name): find_scorer(name, generated) for name in given}
-    names = dict(zip(scorers, given.values(), strict=True))
+    found = [find_scorer(name, generated) for name in given]
+    labels = [scorer_label(name) for name in given]
+    scorers, names = dict(zip(labels, found, strict=True)), dict(zip(labels, given.values(), strict=True))
     out: Path = arguments.out or arguments.samples / "scores.jsonl"
     done = _begun(out, generated, names)
     left = [sample for sample in generated.samples if sample.index not in done]
@@ -67,9 +68,18 @@ def scored_alone(generated: Generated, path: Path) -> tuple[Generated, dict[int,
     """The samples that have a score, their scores, and how many were left out as unrated.
 
     Raises:
-        UserError: a sample without a line in the file.
+        UserError: a sample without a line in the file, or with one of another prompt or seed.
     """
-    scores = {values["index"]: values["score"] for values in _lines(path)}
+    lines = {values["index"]: values for values in _lines(path)}
+    for sample in generated.samples:
+        line = lines.get(sample.index, {})
+        theirs = line.get("prompt", sample.prompt), line.get("seed", sample.seed)
+        if theirs != (sample.prompt, sample.seed):
+            raise UserError(
+                f"--scores {path} holds scores of other samples: number {sample.index} is {theirs[0]!r} with seed "
+                f"{theirs[1]} there, {sample.prompt!r} with seed {sample.seed} in {generated.folder}; score these"
+            )
+    scores = {index: line["score"] for index, line in lines.items()}
     missing = [sample.index for sample in generated.samples if sample.index not in scores]
     if missing:
         raise UserError(f"{len(missing)} samples of {generated.folder} have no score, first: {missing[0]}; score again")

@@ -233,13 +233,13 @@ def _read(path: Path) -> Iterator[Vote | Rating]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(f"--ratings {path}: cannot be read: {said}") from None
+        raise UserError(f"{path}: cannot be read: {said}") from None
     if path.suffix == ".jsonl":
         lines = _json_lines(path, text)
     elif path.suffix == ".csv":
         lines = _csv_lines(text)
     else:
-        raise UserError(f"--ratings {path}: must be .jsonl or .csv")
+        raise UserError(f"{path}: must be .jsonl or .csv")
     for number, values in lines:
         yield _parsed(values, f"{path}, line {number}")
 
