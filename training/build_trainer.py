@@ -49,7 +49,7 @@ def build_trainer(
     plan = plan_run(config, data)
     check_position_count(config, data, plan.sizes.draw)
     # Everything that decides which samples make step k; stored with the checkpoint and compared on resume.
-    identity = {"data set": data.fingerprint(), **plan.identity(), **preference_identity(config)}
+    identity = {"data set": data.fingerprint(), **plan.identity(), **preference_identity(config, data)}
     found = checkpoint.agree_on_newest(Path(config.run.output_dir) / "checkpoints", config.checkpoint)
     # Before the model is built: a refusal should come in the first seconds.
     if found is not None:

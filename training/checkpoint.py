@@ -137,8 +137,7 @@ def load_model_weights(checkpoint: Path, model_chunks: list[Any], averaged: bool
     # Wrapped or bare: only VideoDiT itself knows its tensors.
     chunks = [savable(chunk) for chunk in model_chunks]
     check_same_model(checkpoint, get_attr_wrapped_model(chunks[0], "dit_config"))
-    if averaged and not read_state(checkpoint).averages_weights:
-        raise UserError(f"{checkpoint} holds no averaged weights; train with ema.decay, or load the trained ones")
+    check_averages(checkpoint, averaged)
     sharded = sharded_chunks(chunks)
     if averaged:
         sharded = {name: under_ema_names(values) for name, values in sharded.items()}
@@ -147,6 +146,16 @@ def load_model_weights(checkpoint: Path, model_chunks: list[Any], averaged: bool
         stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         sharded = {name: without_absent_objects(values, stored) for name, values in sharded.items()}
     load_chunks(chunks, dist_checkpointing.load(sharded, str(checkpoint)))
+
+
+def check_averages(checkpoint: Path, wanted: bool) -> None:
+    """Refuse averaged weights where there are none.
+
+    Raises:
+        UserError: they are wanted, and the checkpoint holds none.
+    """
+    if wanted and not read_state(checkpoint).averages_weights:
+        raise UserError(f"{checkpoint} holds no averaged weights; train with ema.decay, or load the trained ones")
 
 
 def read_state(checkpoint: Path) -> TrainState:

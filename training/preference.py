@@ -8,14 +8,17 @@ from typing import Any
 
 from megatron_video.config_io import config_to_dict
 from megatron_video.dit import VideoDiT
+from megatron_video.errors import UserError
 from training.config import PretrainConfig
 from training.data import Batch, StepBatches
 from training.data_plan import DataPlan
+from training.data_set import TrainingData
 from training.preference_config import PreferenceConfig
 from training.preference_data import PairBatch, PairBatchBuilder
 from training.preference_loss import Objective
 from training.reference_pass import PrecomputedReference, Reference, RunReference, SwappedReference
 from training.sample_videos import decided_by_rank_0
+from training.trained_encoders import encoders_of, trained_encoders
 
 # Name of the reference's fingerprint in what a run must not change.
 REFERENCE = "dpo reference"
@@ -27,10 +30,13 @@ def objective_of(preference: PreferenceConfig, step: int, steps: int) -> Objecti
     return Objective(preference.loss, beta, preference.label_smoothing, preference.sft_weight)
 
 
-def preference_identity(config: PretrainConfig) -> dict[str, Any]:
+def preference_identity(config: PretrainConfig, data: TrainingData) -> dict[str, Any]:
     """What a run on pairs must not change when it is continued, by name; {} for a run on samples.
 
     All ranks call it together: one of them reads the reference's files.
+
+    Raises:
+        UserError: there is no such reference, or it was trained with other encoders than the pairs were made with.
     """
     if config.dpo is None:
         return {}
@@ -38,8 +44,21 @@ def preference_identity(config: PretrainConfig) -> dict[str, Any]:
     fields = {f"dpo.{name}": value for name, value in config_to_dict(config.dpo).items() if name != "reference"}
     for name in ("dpo.reference_weights", "dpo.reference_from_ema"):
         del fields[name]
+    return {**fields, REFERENCE: decided_by_rank_0(lambda: _fingerprint(config, data))}
+
+
+def _fingerprint(config: PretrainConfig, data: TrainingData) -> str:
     reference = Reference.of(config)
-    return {**fields, REFERENCE: decided_by_rank_0(reference.fingerprint)}
+    reference.check(config.model)
+    made_with = encoders_of(data.datasets[0].rows.info)
+    for name, trained in trained_encoders(reference.checkpoint).items():
+        if trained != made_with[name]:
+            raise UserError(
+                f"data.shards={data.folders}: made with other encoders ({name}: {made_with[name]}) than those "
+                f"that the reference {reference.checkpoint} was trained with ({trained}), so their latents mean "
+                "nothing to it; make pairs with `megatron-video dpo generate` from a model of its line"
+            )
+    return reference.fingerprint()
 
 
 def prepare_reference(

@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from megatron_video.errors import UserError
+from megatron_video.shard_schema import ShardSample
 from training.balance import PlannedBatch
 from training.data import Batch, BatchBuilder, Row
 from training.preference_loss import MEASURES, Objective, mean_errors, preference_measures
@@ -62,6 +64,16 @@ class PairBatchBuilder(BatchBuilder):
             return batch
         errors = self.references.errors(planned.samples.tolist(), planned.epochs.tolist())
         return replace(batch, reference_errors=errors)
+
+    def _latent(self, stored: ShardSample, sample: int, epoch: int) -> Tensor:
+        for member, latent in (("winner", stored.moments), ("loser", stored.loser)):
+            # Here and not by its effects: these are seen hours later, in a loss or in the reference's errors.
+            if latent is not None and not latent.isfinite().all():
+                raise UserError(
+                    f"{self.data.where(sample)}: the latent of the {member} has values that are not finite; leave the "
+                    "pair out, or generate its videos again"
+                )
+        return super()._latent(stored, sample, epoch)
 
     def collate(self, rows: list[Row]) -> PairBatch:
         losers = [replace(row, data=row.loser) for row in rows if row.loser is not None]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from megatron_video.dit import VideoDiT
+from megatron_video.dit import DiTConfig, VideoDiT
 from megatron_video.errors import UserError
 from megatron_video.fingerprint import fingerprint_files
 from training import checkpoint
@@ -64,6 +64,15 @@ class Reference:
         """Equal for equal weights of one checkpoint, wherever it lies."""
         files = sorted(self.checkpoint.glob("*.distcp"))
         return f"{self.checkpoint.name} {fingerprint_files(files)}{' averaged' if self.averaged else ''}"
+
+    def check(self, model: DiTConfig) -> None:
+        """Look before anything is built.
+
+        Raises:
+            UserError: a model of other sizes, or no averages where they are asked for.
+        """
+        checkpoint.check_same_model(self.checkpoint, model)
+        checkpoint.check_averages(self.checkpoint, self.averaged)
 
     def load_into(self, chunks: Sequence[Any]) -> None:
         """Give the model the reference's weights; all ranks call it together.

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
+from resident_reference import resident_reference
 from tiny_shards import MODEL_OVERRIDES
 
 from megatron_video.config_io import load_config
-from megatron_video.dit import build_dit
 from megatron_video.errors import UserError
-from training import build_trainer, checkpoint
 from training.config import PretrainConfig
-from training.data import Batch, StepBatches
-from training.preference_data import PairBatch
 from training.pretrain import run_training
 
 SETTINGS = [
@@ -48,44 +40,10 @@ def train(overrides: list[str]) -> str | None:
     return None
 
 
-class ResidentReference:
-    """What Megatron-Video avoids: a second model beside the trained one, which predicts in every step."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        self._model = build_dit(config.model, config.parallel, torch.float32, device=torch.device("cpu"), init_seed=7)[
-            0
-        ]
-        weights = checkpoint.find_checkpoint(str(config.run.initial_weights))
-        checkpoint.load_model_weights(weights, [self._model])
-
-    def make_ready(self, model: list[Any], steps: Sequence[int]) -> None:
-        """It always is."""
-
-    @torch.no_grad()
-    def with_errors(self, model: list[Any], batches: list[Batch]) -> list[Any]:
-        """Squared errors in plain code, without the project's functions."""
-        assert not set(model[0].parameters()) & set(self._model.parameters())
-        pairs = (batch for batch in batches if isinstance(batch, PairBatch))
-        return [replace(batch, reference_errors=self._errors(batch)) for batch in pairs]
-
-    def _errors(self, batch: PairBatch) -> torch.Tensor:
-        texts = (batch.llm_states, batch.clip_states, batch.text_lengths)
-        velocity = self._model(batch.latents, batch.timestep, *texts, dropout_seeds=None)
-        squares = (velocity.float() - batch.target) ** 2
-        return torch.stack(squares.flatten(1).mean(1).chunk(2))
-
-    def in_place(self, model: list[Any]) -> Any:
-        """Not needed here."""
-        return nullcontext()
-
-
 def train_beside_a_resident_reference(overrides: list[str]) -> str | None:
     """`train`, on one rank, with a reference of its own."""
 
-    def prepare(config: PretrainConfig, _: Any, batches: StepBatches, *__: Any) -> tuple[StepBatches, Any]:
-        return batches, ResidentReference(config)
-
-    with patch.object(build_trainer, "prepare_reference", prepare):
+    with resident_reference():
         return train(overrides)
 
 

@@ -13,9 +13,12 @@ import checkpoint_bench
 import cpu_step_bench
 import fused_bench
 import plan_bench
+import preference_bench
 import pytest
+import reward_features
 import telemetry_bench
 import torch
+from tiny_features import tiny_pairs, tiny_run
 
 from megatron_video.flops import training_flops
 
@@ -79,6 +82,25 @@ def test_telemetry_bench_pairs_every_kind_of_step(tmp_path: Path) -> None:
     assert abs(content["summary"]["overhead cpu_s"]) < 10
 
 
+@pytest.mark.heavy
+def test_preference_bench_measures_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "preference.json"
+    sizes = "--layers 2 --heads 2 --head-dim 16 --bucket 17x48x48 --steps 2 --warmup 1"
+    preference_bench.main([*sizes.split(), "--layouts", "one process", "PP2", "--out", str(file)])
+    content = read(file)
+    assert [row["layout"] for row in content["rows"]] == ["one process"] * 2 + ["PP2"] * 2
+    found = content["summary"]["layouts"]
+    assert list(found["one process"]) == [*preference_bench.WAYS, "pass"]
+    assert list(found["PP2"]) == ["pretraining", "precomputed", "swapped", "pass"]
+    # Bytes are no matter of the machine's load: a second model is seen, and what replaces it costs what it claims to.
+    memory = {way: found["one process"][way]["memory"] for way in preference_bench.WAYS}
+    held = memory["swapped"]["host"]
+    assert memory["precomputed"]["ratio"] < preference_bench.TARGETS["memory"]
+    assert memory["resident"]["peak"] - memory["precomputed"]["peak"] == pytest.approx(held, rel=0.2)
+    assert held > 0.1
+    assert "peak ratio" in capsys.readouterr().out
+
+
 def test_balance_bench_finds_what_it_planted(tmp_path: Path) -> None:
     file = tmp_path / "balance.json"
     sizes = "--clips 4000 --width 32 --concepts 10 --clusters 40 --iterations 5 --threads 1 --hash-copies 0.03"
@@ -132,3 +154,19 @@ def test_average_gain_judges_every_average(tmp_path: Path) -> None:
     assert rebuilt == pytest.approx(kept, rel=1e-2)
     assert "mean of the last 8" in page.read_text()
     assert page.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.heavy
+def test_reward_features_judges_every_pair_of_every_way_once(tmp_path: Path) -> None:
+    run, pairs = tiny_run(tmp_path), tiny_pairs(tmp_path)
+    file, page = tmp_path / "features.json", tmp_path / "features.md"
+    sizes = "--layers 0 1 --times 0.5 --shares 1 0.5 --seeds 1 --epochs 2"
+    given = ["--checkpoint", str(run), "--pairs", str(pairs), "--out", str(file), "--page", str(page)]
+    reward_features.main([*sizes.split(), *given])
+    content = read(file)
+    # Latents, two layers, both of them, and latents with one and with both.
+    assert len(content["rows"]) == 2 * 6
+    assert all(len(row["right"]) == 34 for row in content["rows"])
+    table = content["summary"]["table"]
+    assert all(row["alone_right"] == 0 == row["latents_alone_right"] for row in table if row["way"] == "latents")
+    assert len([line for line in page.read_text().splitlines() if line.startswith("|")]) == 2 + len(table)

@@ -136,7 +136,7 @@ def test_swapped_members_turn_the_gradient_round(models: tuple[Any, Any]) -> Non
     policy, _ = models
     batch = random_pairs()
     rows = [*range(PAIRS, 2 * PAIRS), *range(PAIRS)]
-    tensors = {item.name: getattr(batch, item.name) for item in fields(Batch)}
+    tensors: dict[str, Any] = {item.name: getattr(batch, item.name) for item in fields(Batch)}
     swapped = replace(batch, **{name: value[rows] for name, value in tensors.items() if torch.is_tensor(value)})
     # Where policy and reference are one, the weight is sigmoid(0) both ways.
     there, back = (ours(policy, policy, pairs)[1] for pairs in (batch, swapped))

@@ -205,7 +205,8 @@ def _reason_against(pair: Pair, rules: Rules) -> str | None:
     if winner.shape != loser.shape:
         raise UserError(
             f"{pair.winner.latent_file} and {pair.loser.latent_file}: the members of a pair differ in shape "
-            f"({list(winner.shape)} and {list(loser.shape)})"
+            f"({list(winner.shape)} and {list(loser.shape)}); a folder has videos of one size, so one of them is of "
+            "another: delete its video and its latent, and generate again"
         )
     spread = float(winner.std() * loser.std()) ** 0.5
     difference = float((winner - loser).square().mean().sqrt()) / max(spread, 1e-12)

@@ -92,7 +92,7 @@ def predict(config: PretrainConfig, ranks: int, text_tokens: int, device: Device
 
 def measure(config: PretrainConfig) -> Measured:
     """Train all steps of `config`, on every rank of a layout together, without checkpoints."""
-    device, data = initialize(), TrainingData.open(config.data)
+    device, data = initialize(), TrainingData.open(config.data, pairs=config.dpo is not None)
     initialize_parallel(config.parallel, config.run.seed, device)
     try:
         # What a run tells of itself is not wanted here.
@@ -118,7 +118,8 @@ def _train(config: PretrainConfig, data: TrainingData, device: DeviceInfo, trace
 
 def _step(trainer: Trainer, step: StepData) -> None:
     trainer.next_learning_rate()
-    result = train_step(trainer.model, trainer.optimizer, step.batches, trainer.stop.flags(), trainer.phases)
+    batches = trainer.with_reference(step.batches)
+    result = train_step(trainer.model, trainer.optimizer, batches, trainer.stop.flags(), trainer.phases)
     trainer.phases.enter("report")
     trainer.count(step, result)
 
@@ -131,7 +132,9 @@ def _bytes_of(steps: list[StepData], device: torch.device) -> int:
 
 
 def _last_step(sections: list[Section], waiting: int) -> Measured:
-    begun = max(place for place, section in enumerate(sections) if section.name == "forward_backward")
+    # A reference may compute before the step's own forward pass, in the same phase.
+    before = [place for place, section in enumerate(sections) if section.name == "report"][:-1]
+    begun = before[-1] + 1 if before else 0
     last = [section for section in sections[begun:] if section.name != "checkpoint"]
     fullest = max(last, key=lambda section: section.peak)
     state = next(section.start for section in last if section.name == "agree")
