@@ -12,7 +12,7 @@ from tiny_pairs import PAIRS_INFO, write_tiny_pairs
 from tiny_shards import write_tiny_shards
 
 from megatron_video.errors import UserError
-from training.alignment import reward
+from training.alignment import reward, reward_fit
 from training.alignment.calibration import calibration, draw_reliability
 from training.alignment.reward_data import PairFolder, PairReader, Row, Split, open_pairs, split
 from training.alignment.reward_fit import FitOptions, Judged, fit
@@ -106,6 +106,32 @@ def test_it_ends_when_nothing_is_gained(tmp_path: Path) -> None:
     equal = write_tiny_pairs(tmp_path / "equal", {"17x48x48": 30}, equal=True)
     record = trained(tmp_path / "model", "--pairs", str(equal), "--epochs", "40", "--patience", "2")
     assert (record["best_epoch"], len(record["epochs"])) == (0, 2)
+
+
+def test_a_training_that_is_killed_goes_on(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended after its third epoch, it gives the model of one that was not, bit for bit."""
+    given, out = ["--pairs", str(pairs)], tmp_path / "killed"
+    trained(tmp_path / "whole", *given)
+    whole_epoch = reward_fit._train_epoch
+
+    def end_in_the_fourth(*arguments: Any) -> None:
+        if arguments[-1] == 4:
+            raise KeyboardInterrupt
+        whole_epoch(*arguments)
+
+    monkeypatch.setattr(reward_fit, "_train_epoch", end_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        trained(out, *given)
+    assert sorted(path.name for path in out.iterdir()) == [reward.PROGRESS_FILE]
+    epochs = []
+    monkeypatch.setattr(reward_fit, "_train_epoch", lambda *a: (epochs.append(a[-1]), whole_epoch(*a)))
+    with pytest.raises(UserError, match="seed: 0 there, 5 now"):
+        trained(out, *given, "--seed", "5")
+    again = trained(out, *given)
+    assert epochs == [4, 5, 6]
+    assert again == json.loads((tmp_path / "whole" / CONFIG_FILE).read_text())["trained"]
+    assert (out / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
+    assert not (out / reward.PROGRESS_FILE).exists()
 
 
 def test_calibration_is_told_from_a_known_truth(tmp_path: Path) -> None:

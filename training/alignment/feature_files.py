@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_video.errors import UserError
-from megatron_video.files import appearing, write_atomically
+from megatron_video.files import write_atomically
 
 FOLDER, IDENTITY_FILE = "features", "features.json"
 STATISTICS = ("mean over tokens", "standard deviation over tokens", "RMS change from frame to frame")
@@ -143,8 +143,8 @@ class FeatureFiles:
 
     def write(self, first: int, found: Features) -> None:
         """Store the block that begins with latent `first`; the file appears whole."""
-        with appearing(self._path(first)) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in found._asdict().items()}, temporary)
+        tensors = {name: tensor.contiguous() for name, tensor in found._asdict().items()}
+        write_atomically(self._path(first), save(tensors))
 
     def read(self, numbers: Sequence[int]) -> Features:
         """Features of these latents; nothing else of their files is read.

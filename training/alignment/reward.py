@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from training.alignment.feature_files import FeatureFiles
 from training.alignment.feature_latents import PairLatents
 from training.alignment.features import find_features
 from training.alignment.reward_data import PairFolder, PairReader, Split, feature_scale, open_pairs, split
-from training.alignment.reward_fit import Fit, FitOptions, Judged, fit, judge
+from training.alignment.reward_fit import Fit, FitOptions, Judged, Progress, fit, judge
 from training.alignment.reward_model import (
     CONFIG_FILE,
     RewardModel,
@@ -36,7 +36,7 @@ from training.alignment.reward_model import (
     save_reward_model,
 )
 
-PLOT_FILE = "reliability.png"
+PLOT_FILE, PROGRESS_FILE = "reliability.png", "unfinished.pt"
 
 
 class Wanted(NamedTuple):
@@ -104,7 +104,9 @@ def main(argv: Sequence[str]) -> int:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = judge(model, reader, sides.held_out)
     names = ("epochs", "patience", "batch_size", "learning_rate", "seed")
-    result = fit(model, reader, sides, FitOptions(**{name: getattr(arguments, name) for name in names}))
+    options = FitOptions(**{name: getattr(arguments, name) for name in names})
+    progress = Progress(arguments.out / PROGRESS_FILE, _identity(arguments, wanted, folders, model))
+    result = fit(model, reader, sides, options, progress)
     after, on_training = judge(model, reader, sides.held_out), judge(model, reader, sides.train)
     report = Report(wanted, sides, before, after, on_training, result)
     record = {
@@ -112,10 +114,27 @@ def main(argv: Sequence[str]) -> int:
         "held_out_share": arguments.held_out,
         **report.values(),
     }
-    save_reward_model(model.cpu(), arguments.out, record)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     draw_reliability(calibration(after.of(report.trained_on).margins), arguments.out / PLOT_FILE)
+    save_reward_model(model.cpu(), arguments.out, record)
+    progress.forget()
     print(json.dumps(record) if arguments.json else _table(record, arguments.out))
     return 0
+
+
+def _identity(
+    arguments: argparse.Namespace, wanted: Sequence[Wanted], folders: Sequence[PairFolder], model: RewardModel
+) -> dict[str, Any]:
+    """All that a training depends on but --epochs and --patience, with which it may go on longer."""
+    return {
+        "pairs": [
+            f"{item.folder} {PairLatents(f.dataset).fingerprint}" for item, f in zip(wanted, folders, strict=True)
+        ],
+        "weights": [item.weight for item in wanted],
+        "model": json.dumps(asdict(model.config)),
+        "init": None if arguments.init is None else str(arguments.init),
+        **{name: getattr(arguments, name) for name in ("held_out", "batch_size", "learning_rate", "seed")},
+    }
 
 
 def check_encoders(model: RewardModel, folder: Path, vae: str, text: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+from megatron_video.errors import UserError
+from megatron_video.files import write_atomically
 from training.alignment.reward_data import PairReader, Row, Split
 from training.alignment.reward_model import RewardModel
 from training.measure_shapes import wilson_interval
@@ -76,32 +81,125 @@ class Fit:
     """Held-out pairs of the folders trained on, after every epoch."""
 
 
-def fit(model: RewardModel, reader: PairReader, sides: Split, options: FitOptions) -> Fit:
-    """Train in place; the model ends as it was after its best epoch, which may be the start."""
+def fit(
+    model: RewardModel, reader: PairReader, sides: Split, options: FitOptions, progress: Progress | None = None
+) -> Fit:
+    """Train in place; the model ends as it was after its best epoch, which may be the start.
+
+    Args:
+        model: with its first weights, which decide nothing where `progress` has later ones.
+        reader: of the pairs.
+        sides: what to train on, and what to judge.
+        options: of the training.
+        progress: where every epoch is kept, so that a training that is ended goes on.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.05)
-    generator = np.random.default_rng(options.seed)
     weights = [folder.weight for folder in reader.folders]
     trained_on = [number for number, weight in enumerate(weights) if weight > 0]
-    mean_weight = float(np.mean([weights[row.folder] for rows in sides.train for row in rows]))
-    history: list[dict[str, Any]] = []
-    best, best_epoch = judge(model, reader, sides.held_out).of(trained_on).loss(weights), 0
-    kept = copy.deepcopy(model.state_dict())
-    for epoch in tqdm(range(1, options.epochs + 1), desc="reward", unit="epoch", disable=None):
-        model.train()
-        for rows in _batches(sides.train, options.batch_size, generator):
-            each = torch.tensor([weights[row.folder] for row in rows]) / mean_weight
-            losses = -logsigmoid(_margins(model, reader, rows))
-            optimizer.zero_grad()
-            (losses * each.to(losses.device)).mean().backward()
-            optimizer.step()
+    state = None if progress is None else progress.load(model, optimizer)
+    if state is None:
+        start = judge(model, reader, sides.held_out).of(trained_on).loss(weights)
+        state = FitState(0, start, 0, copy.deepcopy(model.state_dict()), [])
+    bar = tqdm(total=options.epochs, initial=state.epoch, desc="reward", unit="epoch", disable=None)
+    while state.epoch < options.epochs and state.epoch - state.best_epoch < options.patience:
+        state.epoch += 1
+        _train_epoch(model, optimizer, reader, sides.train, options, state.epoch)
         found = judge(model, reader, sides.held_out).of(trained_on)
-        history.append(found.values())
-        if found.loss(weights) < best:
-            best, best_epoch, kept = found.loss(weights), epoch, copy.deepcopy(model.state_dict())
-        elif epoch - best_epoch >= options.patience:
-            break
-    model.load_state_dict(kept)
-    return Fit(best_epoch, history)
+        state.history.append(found.values())
+        if found.loss(weights) < state.best:
+            state.best, state.best_epoch = found.loss(weights), state.epoch
+            state.kept = copy.deepcopy(model.state_dict())
+        if progress is not None:
+            progress.save(state, model, optimizer)
+        bar.update()
+    bar.close()
+    model.load_state_dict(state.kept)
+    return Fit(state.best_epoch, state.history)
+
+
+def _train_epoch(
+    model: RewardModel,
+    optimizer: torch.optim.Optimizer,
+    reader: PairReader,
+    groups: Sequence[Sequence[Row]],
+    options: FitOptions,
+    epoch: int,
+) -> None:
+    weights = [folder.weight for folder in reader.folders]
+    mean_weight = float(np.mean([weights[row.folder] for rows in groups for row in rows]))
+    # All randomness is that of the epoch, so nothing of it has to be kept to go on.
+    generator = np.random.default_rng([options.seed, epoch])
+    torch.manual_seed(int(generator.integers(2**62)))
+    model.train()
+    for rows in _batches(groups, options.batch_size, generator):
+        each = torch.tensor([weights[row.folder] for row in rows]) / mean_weight
+        losses = -logsigmoid(_margins(model, reader, rows))
+        optimizer.zero_grad()
+        (losses * each.to(losses.device)).mean().backward()
+        optimizer.step()
+
+
+@dataclass
+class FitState:
+    """Where a training stands."""
+
+    epoch: int
+    """Epochs done."""
+    best: float
+    """Least held-out loss so far."""
+    best_epoch: int
+    kept: dict[str, Tensor]
+    """Weights of that epoch."""
+    history: list[dict[str, Any]]
+
+
+class Progress:
+    """A file beside the model-to-be with the last finished epoch.
+
+    Args:
+        path: of the file.
+        identity: all that the training depends on, by name; plain values.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._path, self._identity = path, identity
+
+    def save(self, state: FitState, model: RewardModel, optimizer: torch.optim.Optimizer) -> None:
+        """Write the file anew; it appears whole."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"identity": self._identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        content = io.BytesIO()
+        # Not to the file: torch would tell of a full disk in words that nobody understands.
+        torch.save({**values, **vars(state)}, content)
+        write_atomically(self._path, content.getvalue())
+
+    def load(self, model: RewardModel, optimizer: torch.optim.Optimizer) -> FitState | None:
+        """Give model and optimizer their last state; None where there is none.
+
+        Raises:
+            UserError: the file is damaged, or of another training; names what differs.
+        """
+        if not self._path.exists():
+            return None
+        try:
+            values = torch.load(self._path, map_location=next(model.parameters()).device, weights_only=True)
+            there = values.pop("identity")
+        except (OSError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+            raise UserError(f"{self._path} cannot be read ({error}); delete it and train from the start") from None
+        different = [name for name in self._identity if there.get(name) != self._identity[name]]
+        if different:
+            lines = "; ".join(f"{name}: {there.get(name)} there, {self._identity[name]} now" for name in different)
+            raise UserError(
+                f"{self._path} is of a training that was interrupted and was another ({lines}); give the same again, "
+                "or another --out, or delete the file"
+            )
+        model.load_state_dict(values.pop("model"))
+        optimizer.load_state_dict(values.pop("optimizer"))
+        return FitState(**values)
+
+    def forget(self) -> None:
+        """The training is over."""
+        self._path.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from megatron_video.errors import UserError
-from megatron_video.files import appearing, write_atomically
+from megatron_video.files import write_atomically
 from training.alignment.feature_files import FeatureSettings
 
 CONFIG_FILE, WEIGHTS_FILE = "reward_model.json", "reward_model.safetensors"
@@ -116,8 +116,8 @@ class _Block(nn.Module):
 def save_reward_model(model: RewardModel, folder: Path, record: Mapping[str, object]) -> None:
     """Write weights, sizes and the record of how it was trained; the sizes come last, and make it complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    with appearing(folder / WEIGHTS_FILE) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, save(weights))
     values = {"config": asdict(model.config), "trained": dict(record)}
     write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=1) + "\n").encode())
 
