@@ -18,7 +18,8 @@ from training.data_set import TrainingData
 from training.events import read_events
 from training.held_out import check_held_out
 from training.run_tail import RunTail
-from training.sample_videos import SampleVideos, decided_by_rank_0
+from training.sample_ranks import decided_by_rank_0
+from training.sample_videos import SampleVideos
 from training.telemetry import Stopwatch
 from training.validation import Validation, ValidationLosses
 

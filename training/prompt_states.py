@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from megatron_video.errors import UserError
 from megatron_video.files import appearing
 from megatron_video.text import TextEncoders, TextStates, text_fingerprint, text_folders
 from training.sample_prompts import Prompt, read_prompts
+from training.sample_ranks import decided_by_rank_0
 from training.sample_videos_config import SampleVideosConfig
 
 STATES_FILE = "prompt_states.safetensors"
@@ -42,17 +43,7 @@ def prepare_prompts(config: SampleVideosConfig, folder: Path, device: torch.devi
     Raises:
         UserError: on all ranks, if rank 0 cannot read the prompts or the encoders are others than the shards'.
     """
-    found: list[PromptStates | str | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            found = [_read_or_encode(config, folder, device, fingerprint)]
-        except UserError as refusal:
-            found = [str(refusal)]
-    # No rank may wait for a rank that has given up.
-    torch.distributed.broadcast_object_list(found, src=0)
-    if not isinstance(found[0], PromptStates):
-        raise UserError(str(found[0]))
-    return found[0]
+    return decided_by_rank_0(lambda: _read_or_encode(config, folder, device, fingerprint))
 
 
 def _read_or_encode(config: SampleVideosConfig, folder: Path, device: torch.device, fingerprint: str) -> PromptStates:
@@ -66,7 +57,7 @@ def _read_or_encode(config: SampleVideosConfig, folder: Path, device: torch.devi
     states = _read(path, identity, len(texts))
     if states is None:
         check_encoders(config.text, fingerprint)
-        states = _encode(config.text, texts, device)
+        states = encode_texts(config.text, texts, device)
         _write(path, identity, states)
     return PromptStates(prompts, states[:-1], states[-1])
 
@@ -85,10 +76,24 @@ def check_encoders(text: str, fingerprint: str) -> None:
         )
 
 
-def _encode(text: str, texts: Sequence[str], device: torch.device) -> list[TextStates]:
+def encode_texts(
+    text: str | Path,
+    texts: Sequence[str],
+    device: torch.device,
+    check: Callable[[TextEncoders], None] = lambda encoders: None,
+) -> list[TextStates]:
+    """States of `texts` as shards hold them, bf16 on the CPU; nothing of the encoders stays on the device.
+
+    Args:
+        text: folder of the encoders.
+        texts: to encode.
+        device: to encode on.
+        check: may refuse the encoders before they are used.
+    """
     # The released pipeline runs the encoders in bf16 on GPUs; on CPUs bf16 is slower.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoders = TextEncoders.load(*text_folders(text), device, dtype)
+    check(encoders)
     states = [encoded.to(torch.device("cpu"), torch.bfloat16) for encoded in encoders.encode(list(texts))]
     del encoders
     if device.type == "cuda":

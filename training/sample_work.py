@@ -17,8 +17,9 @@ from megatron_video.dit import VideoDiT, build_dit
 from megatron_video.errors import UserError
 from megatron_video.parallel import data_parallel_rank, data_parallel_size
 from megatron_video.shard_schema import write_null_text
-from megatron_video.text import TextEncoders, TextStates, text_folders
+from megatron_video.text import TextEncoders, TextStates
 from training.checkpoint import load_model_weights
+from training.prompt_states import encode_texts
 from training.sample_decoder import Decoder
 from training.sample_folder import SampleFolder
 from training.sample_job import Job
@@ -80,14 +81,10 @@ class Work:
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, TextStates]:
         """States of the prompts, of the negative prompt and of none, on the CPU; the encoders are released after it."""
-        job = self._job
-        clip, llm = text_folders(job.arguments.text)
-        encoders = TextEncoders.load(clip, llm, self._device, _DTYPES[job.encoder_precision])
-        self._check_widths(encoders)
+        arguments = self._job.arguments
         # Seeds of a prompt share its states.
-        texts = list(dict.fromkeys([*(prompt.text for prompt in prompts), job.arguments.negative_prompt, ""]))
-        # Shards hold bf16 states, so this is what the model was trained on.
-        encoded = [states.to(torch.device("cpu"), torch.bfloat16) for states in encoders.encode(texts)]
+        texts = list(dict.fromkeys([*(prompt.text for prompt in prompts), arguments.negative_prompt, ""]))
+        encoded = encode_texts(arguments.text, texts, self._device, self._check_widths)
         found = dict(zip(texts, encoded, strict=True))
         cut = [prompt.index for prompt in prompts if found[prompt.text].truncated]
         if cut:
