@@ -51,7 +51,9 @@ def drawn_step(config: PretrainConfig, checked: CheckedData, text_tokens: int) -
     counts: dict[MicroBatch, float] = {}
     for step in range(_STEPS):
         for batch in checked.plan.step(step):
-            kind = MicroBatch(len(batch.samples), tokens[batch.bucket], text_tokens)
+            # A preference pair is two rows of a batch.
+            rows = len(batch.samples) * (1 if config.dpo is None else 2)
+            kind = MicroBatch(rows, tokens[batch.bucket], text_tokens)
             counts[kind] = counts.get(kind, 0.0) + 1 / _STEPS
     return counts
 

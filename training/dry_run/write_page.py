@@ -40,7 +40,7 @@ def page() -> str:
     """
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch) / "ranks.csv"
-        text, took = _measured([*COMMAND, "--ranks", str(table)])
+        text, took = measured([*COMMAND, "--ranks", str(table)])
         with open(table, encoding="utf-8") as file:
             ranks = list(csv.DictReader(file))
     rows = [[ranks[number][name] for name in _COLUMNS] for number in _SHOWN]
@@ -59,7 +59,7 @@ def page() -> str:
     )
 
 
-def _measured(command: list[str]) -> tuple[str, str]:
+def measured(command: list[str]) -> tuple[str, str]:
     """What a command says, and a line on what it took."""
     load, started = os.getloadavg()[0], time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:

@@ -90,6 +90,17 @@ def step_seconds(job: Job) -> Seconds:
     return step + Seconds(data=reading - hidden, hidden_data=hidden)
 
 
+def forward_seconds(job: Job) -> Seconds:
+    """Of the forward pass alone over the micro-batches of a step, as a reference makes it."""
+    layers = job.shape.num_layers / job.parallel.pipeline_model_parallel_size
+    busy = Seconds()
+    for batch, count in job.step.items():
+        copied = Seconds(data=_copied_bytes(job, batch) / _host_bandwidth(job))
+        one = _forward(job, batch) * layers + _messages(job, batch) * 0.5 + copied
+        busy += one * (count / job.replicas)
+    return busy + Seconds(bubble=_bubble(job, busy.busy))
+
+
 def micro_batch_seconds(job: Job, batch: MicroBatch) -> Seconds:
     """Forward and backward of one micro-batch on one pipeline rank."""
     layers = job.shape.num_layers / job.parallel.pipeline_model_parallel_size
