@@ -46,8 +46,8 @@ def page() -> str:
             "# Video-DPO of the 30B, dry",
             "Written by `python -m training.dry_run.write_preference_page`: what the planner says of the preset on "
             f"H800s with {load_cluster(_CLUSTER).usable_bytes / GIB:.1f} GiB usable. Nothing here ran on a GPU; how "
-            "far the planner's memory is from that of real runs is in docs/planner/measured_memory.md, and what a step and "
-            "its memory cost beside pretraining, measured, in tests/benchmarks/README.md.",
+            "far the planner's memory is from that of real runs is in docs/planner/measured_memory.md, and what a step "
+            "and its memory cost beside pretraining, measured, in tests/benchmarks/README.md.",
             _memory_table(config).markdown(),
             "Fine-tuning is `step_video_30b_sft` with the buckets, layout and rows of DPO: 128 samples a step, two a "
             "micro-batch. The planner takes a pair for two samples, so that they are equal by assumption; that they "
