@@ -81,7 +81,8 @@ def test_two_rounds_from_one_file(models: Path, capfd: pytest.CaptureFixture[str
     # The second reward model goes on with the first, which knew how to judge the second's pairs before.
     tuned = json.loads((root / "round_02" / "reward" / "reward_model.json").read_text())["trained"]
     assert tuned["init"] == str(root / "round_01" / "reward")
-    assert report["rounds"][1]["reward_model"]["before"] == tuned["before"]
+    assert report["rounds"][1]["reward_model"]["before"] == tuned["folders"][0]["before"]
+    assert [folder["pairs"] for folder in tuned["folders"]] == [str(root / f"round_0{n}" / "pairs") for n in (2, 1)]
     assert (root / "side_by_side.png").stat().st_size > 1000
     with pytest.raises(UserError, match="seeds: 2 there, 3 here"):
         rounds.main(["--config", str(models / "rounds.yaml"), "seeds=3"])

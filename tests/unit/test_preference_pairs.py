@@ -105,6 +105,15 @@ def test_scorers_that_are_none(options: list[str], said: str, samples: Path, tmp
         score.main(["--samples", str(samples), "--out", str(tmp_path / "s.jsonl"), *options])
 
 
+def test_processes_give_the_scores_of_one(samples: Path, tmp_path: Path) -> None:
+    given = ["--samples", str(samples), "--with", "brightness", "--with", "shape_as_asked=0.5"]
+    for workers in ("1", "2"):
+        assert score.main([*given, "--workers", workers, "--out", str(tmp_path / workers)]) == 0
+    assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
+    with pytest.raises(UserError, match="--workers 0 must be at least 1"):
+        score.main([*given, "--workers", "0", "--out", str(tmp_path / "0")])
+
+
 def test_a_score_that_is_not_finite_is_refused(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCORERS, "broken", lambda sample: float("nan"))
     with pytest.raises(UserError, match=r"broken gives .*00000.mp4 the score nan"):

@@ -31,6 +31,8 @@ from training.sample_prompts import read_prompts, with_seeds
 
 # Exit codes of a training that saved and is to be started again, and of Ctrl-C.
 _STOPPED = (130, 143)
+# Fields with which rounds that were begun may go on.
+_FREE = ("rounds", "workers", "launcher", "sampling_layout")
 _TIMES_FILE = "times.jsonl"
 _SEEDS_APART = 1_000_000_000
 
@@ -86,7 +88,7 @@ def steps_of(config: RoundsConfig, root: Path, number: int) -> Iterator[Command]
     if number:
         before = _model(config, root, number - 1)
         yield _generated(config, "generate", before, _round_prompts(config, folder, number), folder / "samples")
-        yield _scored("score", folder / "samples", "scores.jsonl", config.score)
+        yield _scored("score", folder / "samples", "scores.jsonl", config.score, config.workers)
         out = ["--samples", str(folder / "samples"), "--out", str(folder / "pairs"), *config.pairing.options()]
         yield Command("pair", "training.alignment.pair", out, folder / "pairs" / "pairs_report.json")
         yield from _reward_model(config, root, number)
@@ -95,9 +97,9 @@ def steps_of(config: RoundsConfig, root: Path, number: int) -> Iterator[Command]
         )
     evaluation = folder / "evaluation"
     yield _generated(config, "evaluate", _model(config, root, number), Path(config.evaluation_prompts), evaluation)
-    yield _scored("judge", evaluation, "scores.jsonl", config.score)
+    yield _scored("judge", evaluation, "scores.jsonl", config.score, config.workers)
     for place, judge in enumerate(config.judge):
-        yield _scored("judge", evaluation, _judge_file(place), [judge])
+        yield _scored("judge", evaluation, _judge_file(place), [judge], config.workers)
     if number and config.reward_model is not None:
         # One judge, the newest, of all that is compared in the report.
         model = f"reward:{_reward_folder(root, number)}"
@@ -123,11 +125,11 @@ def _reward_model(config: RoundsConfig, root: Path, number: int) -> Iterator[Com
     if config.reward_model is None:
         return
     out = _reward_folder(root, number)
-    arguments = ["--pairs", str(root / f"round_{number:02d}" / "pairs"), "--out", str(out)]
+    # The newest first, which the report tells of; old ones, so that they are not forgotten.
+    pairs = [str(root / f"round_{made:02d}" / "pairs") for made in range(number, 0, -1)]
     init = ["--init", str(_reward_folder(root, number - 1))] if number > 1 else []
-    yield Command(
-        "reward", "training.alignment.reward", [*arguments, *init, *config.reward_model.options()], out / REWARD_FILE
-    )
+    arguments = ["--pairs", *pairs, "--out", str(out), *init, *config.reward_model.options(number)]
+    yield Command("reward", "training.alignment.reward", arguments, out / REWARD_FILE)
 
 
 def _training(config: RoundsConfig, folder: Path, number: int, before: str) -> list[str]:
@@ -141,9 +143,9 @@ def _training(config: RoundsConfig, folder: Path, number: int, before: str) -> l
     return ["--config", config.config, *(f"{name}={value}" for name, value in own.items()), *config.train]
 
 
-def _scored(step: str, folder: Path, file: str, scorers: Sequence[str]) -> Command:
+def _scored(step: str, folder: Path, file: str, scorers: Sequence[str], workers: int = 1) -> Command:
     chosen = [word for scorer in scorers for word in ("--with", scorer)]
-    arguments = ["--samples", str(folder), "--out", str(folder / file), *chosen]
+    arguments = ["--samples", str(folder), "--out", str(folder / file), *chosen, "--workers", str(workers)]
     return Command(step, "training.alignment.score", arguments, folder / f"{file}.done")
 
 
@@ -209,7 +211,7 @@ def _claim(config: RoundsConfig, root: Path) -> None:
     path = root / "rounds.yaml"
     if path.exists():
         before = load_config(RoundsConfig, path)
-        names = [name for name in vars(config) if name not in ("rounds", "launcher", "sampling_layout")]
+        names = [name for name in vars(config) if name not in _FREE]
         different = [name for name in names if getattr(before, name) != getattr(config, name)]
         if different:
             lines = "; ".join(
@@ -260,7 +262,7 @@ def _reward_quality(config: RoundsConfig, root: Path, number: int) -> dict[str, 
     if config.reward_model is None:
         return {}
     trained = json.loads((_reward_folder(root, number) / REWARD_FILE).read_text(encoding="utf-8"))["trained"]
-    return {"reward_model": {name: trained[name] for name in ("before", "held_out")}}
+    return {"reward_model": {name: trained["folders"][0][name] for name in ("before", "held_out")}}
 
 
 def _seconds(root: Path, number: int) -> dict[str, float]:

@@ -54,10 +54,16 @@ class RewardConfig:
     epochs: int = 30
     held_out: float = 0.1
     """Share of the prompts whose pairs only validate."""
+    learning_rate: float = 1e-3
+    """In the first round."""
+    tuning_learning_rate: float = 2e-4
+    """In later rounds, which go on with the model of the one before, on all pairs so far."""
 
-    def options(self) -> list[str]:
-        """For the command line."""
-        return [word for name, value in vars(self).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    def options(self, number: int) -> list[str]:
+        """For the command line, in a round counted from 1."""
+        rate = self.learning_rate if number == 1 else self.tuning_learning_rate
+        given = {"epochs": self.epochs, "held-out": self.held_out, "learning-rate": rate}
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 @config_dataclass
@@ -86,14 +92,16 @@ class RoundsConfig:
     judge: list[str] = field(default_factory=list)
     """Further scorers that only judge: what training has not seen."""
     reward_model: RewardConfig | None = None
-    """Train a reward model on the pairs of the first round, tune it on those of every later one, and let it judge each
-    round; null: none."""
+    """Train a reward model on the pairs of the first round, tune it with those of every later one, and let it judge
+    each round; null: none."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Generation."""
     pairing: PairingConfig = field(default_factory=PairingConfig)
     """Pairs."""
     train: list[str] = field(default_factory=list)
     """Overrides of the training, such as dpo.beta=500."""
+    workers: int = 1
+    """Processes that score."""
     launcher: list[str] = field(default_factory=list)
     """What starts ranks, such as [torchrun, --standalone, --nproc-per-node, "8"]; []: one process."""
     sampling_layout: list[str] = field(default_factory=list)

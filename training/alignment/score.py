@@ -8,9 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +35,16 @@ def main(argv: Sequence[str]) -> int:
         UserError: no such folder or scorer, a score that is not finite, or scores of other samples.
     """
     arguments = _parse(argv)
-    generated = read_generated(arguments.samples)
-    given = _weights(arguments.scorers)
-    found = [find_scorer(name, generated) for name in given]
-    labels = [scorer_label(name) for name in given]
-    scorers, names = dict(zip(labels, found, strict=True)), dict(zip(labels, given.values(), strict=True))
+    _opened.cache_clear()
+    generated, scorers = _opened(arguments.samples, tuple(arguments.scorers))
+    names = dict(zip(scorers, _weights(arguments.scorers).values(), strict=True))
     out: Path = arguments.out or arguments.samples / "scores.jsonl"
     done = _begun(out, generated, names)
     left = [sample for sample in generated.samples if sample.index not in done]
-    with out.open("a", encoding="utf-8") as lines:
-        for sample in tqdm(left, desc="score", unit="video", disable=None):
-            values = {name: _value(name, scorer, sample, arguments.unrated) for name, scorer in scorers.items()}
+    values_of = partial(_values, arguments.samples, tuple(arguments.scorers), arguments.unrated)
+    with _workers(arguments.workers) as each, out.open("a", encoding="utf-8") as lines:
+        found = each(values_of, [sample.index for sample in left])
+        for sample, values in tqdm(zip(left, found, strict=True), "score", len(left), unit="video", disable=None):
             total = _total(values, names)
             lines.write(json.dumps(_line(sample, total, values), ensure_ascii=False) + "\n")
             lines.flush()
@@ -141,6 +145,40 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+@contextmanager
+def _workers(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` over so many processes; one is this process."""
+    if count < 1:
+        raise UserError(f"--workers {count} must be at least 1")
+    if count == 1:
+        yield map
+        return
+    # Spawned: OpenCV and libav keep threads that do not survive a fork. Ctrl-C is this process's to heed.
+    pool = ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@cache
+def _opened(folder: Path, given: tuple[str, ...]) -> tuple[Generated, dict[str, Scorer]]:
+    """Samples and scorers, once a process."""
+    generated = read_generated(folder)
+    names = _weights(given)
+    # Scorers before labels: a label reads files whose absence a scorer tells better.
+    scorers = [find_scorer(name, generated) for name in names]
+    return generated, dict(zip(map(scorer_label, names), scorers, strict=True))
+
+
+def _values(folder: Path, given: tuple[str, ...], unrated: str, index: int) -> dict[str, float | None]:
+    """What each scorer says of one sample."""
+    generated, scorers = _opened(folder, given)
+    # Samples lie in the order of their numbers.
+    sample = generated.samples[index]
+    return {name: _value(name, scorer, sample, unrated) for name, scorer in scorers.items()}
+
+
 def _value(name: str, scorer: Scorer, sample: Sample, unrated: str) -> float | None:
     try:
         return _finite(name, scorer(sample), sample)
@@ -224,6 +262,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default="refuse",
         help="videos that nobody rated, with ratings:FILE: refuse, or leave out and count (default: %(default)s)",
     )
+    add("--workers", type=int, default=1, help="processes (default: %(default)s)")
     add("--out", type=Path, help="JSON lines (default: scores.jsonl in the folder)")
     add("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args(argv)
