@@ -102,6 +102,10 @@ class Crew:
             if dist.get_rank() in ranks:
                 self._replica, self.ranks = group, ranks
 
+    def wait(self) -> None:
+        """Until every rank of the job is here."""
+        dist.barrier(group=self.job)
+
     def by_rank_0(self, work: Callable[[], T]) -> T:
         """`told_by` rank 0, for the whole job."""
         return told_by(0, work, self.job)

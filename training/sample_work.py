@@ -55,7 +55,8 @@ class Work:
         """
         self._decode(share(self._job.undecoded, dist.get_rank(), dist.get_world_size()))
         ours = share(self._job.unsampled, data_parallel_rank(), data_parallel_size())
-        if ours:
+        # Where there is nothing for this replica too: the ranks of the whole job read the checkpoint together.
+        if self._job.unsampled:
             self._sample([self._job.prompts[index] for index in ours])
             _free_memory()
         if self._keeps_latents:
@@ -66,8 +67,10 @@ class Work:
         arguments, job = self._job.arguments, self._job
         # On the writer alone: a replica's prompts may take gigabytes.
         texts: dict[str, TextStates] = {}
-        self._crew.by_writer(lambda: texts.update(self._encode(prompts)))
+        self._crew.by_writer(lambda: texts.update(self._encode(prompts) if prompts else {}))
         _free_memory()
+        # The checkpoint is read by the computing groups, over which no rank should wait long for one that decodes.
+        self._crew.wait()
         model = self._load_model()
         if not self._keeps_latents:
             self._crew.by_writer(self._decoder.load)

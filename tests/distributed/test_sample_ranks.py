@@ -103,6 +103,12 @@ def test_replicas_make_the_same_bytes(ranks: RankPool, models: Path, single: Pat
     assert len(list((out / "tensorboard").iterdir())) == 2
 
 
+def test_a_replica_may_have_nothing_to_do(ranks: RankPool, models: Path, single: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert ranks.run(sample_on_ranks, command(models, out, "--latents", "--limit", "1"), ranks=2, timeout_seconds=60)
+    assert latent_file(out, 0).read_bytes() == latent_file(single, 0).read_bytes()
+
+
 def test_without_latents_the_writer_of_each_replica_decodes(ranks: RankPool, models: Path, tmp_path: Path) -> None:
     assert sample.main(command(models, tmp_path / "one")) == 0
     assert ranks.run(sample_on_ranks, command(models, tmp_path / "four", TP2, SP), ranks=4) == [0] * 4
