@@ -98,7 +98,8 @@ def find_features(settings: FeatureSettings, checkpoint: str, latents: Latents, 
     files = of_these[0] if of_these else FeatureFiles.open(wanted.folder)
     wanted.check(files)
     if files.missing():
-        raise UserError(f"{files.folder}: {len(files.missing())} blocks are missing; go on with: {command}")
+        out = "" if files.folder == wanted.folder else f" --out {shlex.quote(str(files.folder))}"
+        raise UserError(f"{files.folder}: {len(files.missing())} blocks are missing; go on with: {command}{out}")
     return files
 
 

@@ -175,7 +175,10 @@ def _model(dataset: ShardDataset, arguments: argparse.Namespace) -> RewardModel:
         if arguments.features and model.config.features is None:
             raise UserError(f"--features: the model {arguments.init} sees latents alone; leave --features out")
         return model
-    files = FeatureFiles.open(arguments.features[0]) if arguments.features else None
+    files = None
+    if arguments.features:
+        first = FeatureFiles.open(arguments.features[0])
+        files = find_features(first.settings, first.model, PairLatents(dataset), arguments.features)
     config = RewardModelConfig(
         info.latent_channels,
         info.llm_dim,
