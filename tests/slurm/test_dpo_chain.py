@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import Cluster
 from tiny_models import write_tiny_models
 
 from megatron_video.cli import run_command
+from megatron_video.errors import BAD_INPUT_EXIT_CODE
 from megatron_video.shards import ShardDataset
 from slurm.chain import load_chain
 from slurm.chain_record import find_chain
@@ -37,13 +39,13 @@ def write_models(folder: Path) -> Path:
     return folder
 
 
-def test_generate_score_pair_train(cluster: Cluster, tmp_path: Path) -> None:
+def test_generate_score_pair_train(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models, run_dir = write_models(tmp_path), tmp_path / "dpo"
     samples, pairs, trained = run_dir / "samples", run_dir / "pairs", run_dir / "train"
     encoders = f"--vae {models / 'vae'} --text {models / 'text'}"
     commands = {
         "generate": f"dpo generate --checkpoint {models / 'run'} {encoders} --prompts {models / 'prompts.txt'} "
-        f"--seeds 2 {SMALL} --out {samples}",
+        f"--seeds 2 {SMALL} --context-parallel-size 2 --out {samples}",
         "score": f"dpo score --samples {samples} --with brightness",
         "pair": f"dpo pair --samples {samples} --out {pairs} --least-difference 0",
         "train": f"dpo train --config {models / 'dpo.yaml'} run.initial_weights={models / 'run'} "
@@ -52,12 +54,17 @@ def test_generate_score_pair_train(cluster: Cluster, tmp_path: Path) -> None:
     shipped = {stage.name: stage for stage in load_chain(SHIPPED).stages}
     assert list(shipped)[:4] == list(commands)
     stages = [{"name": name, "command": command, "time": "30"} for name, command in commands.items()]
-    # Two ranks share the prompts, as the nodes of the shipped chain do.
+    # Two nodes share the tokens of every video.
     stages[0] |= {"nodes": 2, "ranks": 1}
     stages[3] |= {"kind": shipped["train"].kind, "run_dir": str(trained), "nodes": 2}
     path = tmp_path / "chain.yaml"
+    one_rank = [{**stages[0], "nodes": 1}, *stages[1:]]
+    path.write_text(json.dumps({"name": "dpo", "run_dir": str(run_dir), "stages": one_rank}))
+    submit = ["submit", "chain", f"--profile={PROFILE}", "--local-run-folder", str(path)]
+    assert run_command(slurm_command, submit) == BAD_INPUT_EXIT_CODE
+    assert "dpo-generate: --context-parallel-size 2: a copy of the model takes 2 ranks" in capsys.readouterr().err
     path.write_text(json.dumps({"name": "dpo", "run_dir": str(run_dir), "stages": stages}))
-    assert run_command(slurm_command, ["submit", "chain", f"--profile={PROFILE}", "--local-run-folder", str(path)]) == 0
+    assert run_command(slurm_command, submit) == 0
     record = find_chain(str(run_dir))
     assert record is not None
     for number in record.numbers():
