@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_video.config_io import load_config
 from training.alignment.rounds_config import PRESET_DIR, RoundsConfig
+from training.alignment.scorers import SCORERS
 from training.alignment.win_rate import compare
 from training.measure_shapes import measure, samples_of, summarise
 from training.sample_prompts import read_prompts
@@ -49,6 +50,7 @@ VARIANTS = (
     Variant("beta 100 to 400", ("dpo.final_beta=400",)),
     Variant("30 % of the labels flipped", flipped=True),
     Variant("30 % flipped, label_smoothing 0.3", ("dpo.label_smoothing=0.3",), flipped=True),
+    Variant("30 % flipped, rdpo", ("dpo.loss=rdpo", "dpo.label_smoothing=0.3"), flipped=True),
     Variant("30 % flipped, half the steps", ("training.steps=40",), flipped=True),
     Variant("beta 100,000, learning rate 5e-4", ("dpo.beta=100000", "optimizer.learning_rate=5e-4")),
 )
@@ -88,15 +90,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_child(python("-m", "training.alignment.rounds", "--config", arguments.config, *overrides))
     config = load_config(RoundsConfig, arguments.config, overrides, PRESET_DIR)
     bench = Bench(config, config.launcher)
-    variants = [variant for variant in VARIANTS if arguments.only is None or variant.name in arguments.only]
-    if any(variant.flipped for variant in variants):
+    # Folders by the place in the list of all: a later call may take others.
+    chosen = [(n, item) for n, item in enumerate(VARIANTS) if arguments.only is None or item.name in arguments.only]
+    if any(variant.flipped for _, variant in chosen):
         make_flipped_pairs(bench)
     rows = [outcome(bench, "the demo's model", bench.start(), None)]
     for number in range(1, config.rounds + 1):
         folder = bench.root / f"round_{number:02d}"
         rows.append(outcome(bench, f"round {number}", folder / "evaluation", folder / "train"))
-    for place, variant in enumerate(tqdm(variants, desc="variants", disable=None)):
-        folder = bench.root / "variants" / f"{place:02d}"
+    for number, variant in tqdm(chosen, desc="variants", disable=None):
+        folder = bench.root / "variants" / f"{number:02d}"
         train(bench, variant, folder)
         rows.append(outcome(bench, variant.name, folder / "evaluation", folder / "train"))
     rounds = json.loads((bench.root / "report.json").read_text(encoding="utf-8"))
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         "config": arguments.config,
         "overrides": overrides,
-        "score": " + ".join(config.score),
+        "score": {name: (SCORERS[name].__doc__ or "").partition("\n")[0] for name in config.score},
         "prompts": len(read_prompts(Path(config.prompts), 0)),
         "seeds": config.seeds,
     }

@@ -25,8 +25,8 @@ def write_page(path: Path, results: Mapping[str, Any]) -> None:
         f"Written by `{command}` after `make demo`; all figures are in "
         f"`tests/benchmarks/results/preference_gain.json`. {machine['cpu']}, {machine['cpu_cores']} cores, commit "
         f"{machine['commit']}.",
-        f"The reward is {settings['score']}: fast and smooth motion of a large shape, which the pretraining data do "
-        f"not favour. Pairs come from {settings['prompts']} captions with {settings['seeds']} seeds each; judged is on "
+        *(f"Rewarded is `{name}`. {meaning}" for name, meaning in settings["score"].items()),
+        f"Pairs come from {settings['prompts']} captions with {settings['seeds']} seeds each; judged is on "
         f"{rows[0]['videos']} others with seeds of their own and the same initial noise for all models. A win rate is "
         "the share of these videos that beat the demo's model's; a tie counts half.",
         "\n".join(_table(rows)),

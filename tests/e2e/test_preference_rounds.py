@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preference_gain
 import pytest
 import yaml
 from tiny_models import write_tiny_models
 
 from megatron_video.errors import UserError
 from training.alignment import rounds
+from training.alignment.win_rate import compare
 from training.checkpoint import read_config
 
 PROMPTS = ["a red circle moves left", "a blue square moves up", "蓝色方块向上移动", "a green circle moves down"]
@@ -86,6 +88,23 @@ def test_two_rounds_from_one_file(models: Path, capfd: pytest.CaptureFixture[str
     assert (root / "side_by_side.png").stat().st_size > 1000
     with pytest.raises(UserError, match="seeds: 2 there, 3 here"):
         rounds.main(["--config", str(models / "rounds.yaml"), "seeds=3"])
+
+
+@pytest.mark.heavy
+def test_the_benchmark_judges_every_training(models: Path, tmp_path: Path) -> None:
+    file, page, name = tmp_path / "gain.json", tmp_path / "gain.md", "30 % of the labels flipped"
+    options = ["--config", str(models / "rounds.yaml"), "--out", str(file), "--page", str(page), "--only", name]
+    preference_gain.main([f"output_dir={models / 'measured'}", "rounds=1", *options])
+    start, first, flipped = json.loads(file.read_text())["rows"]
+    assert [row["training"] for row in (start, first, flipped)] == ["the demo's model", "round 1", name]
+    evaluations = [models / "measured" / f"round_0{number}" / "evaluation" for number in (0, 1)]
+    assert first["win_rate"] == compare(*evaluations).rate
+    pairs = json.loads((models / "measured" / "flipped_pairs" / "pairs_report.json").read_text())
+    trained = yaml.safe_load((models / "measured" / "variants" / "05" / "train" / "config.yaml").read_text())
+    assert trained["data"]["shards"] == [str(models / "measured" / "flipped_pairs")]
+    assert pairs["rules"]["flip_labels"] == 0.3
+    assert f"| {name} | {flipped['win_rate']:.1%}" in page.read_text()
+    assert page.with_suffix(".png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
