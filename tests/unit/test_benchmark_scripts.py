@@ -12,6 +12,7 @@ import block_bench
 import checkpoint_bench
 import cpu_step_bench
 import fused_bench
+import gradient_by_beta
 import plan_bench
 import preference_bench
 import pytest
@@ -101,6 +102,18 @@ def test_preference_bench_measures_every_way(tmp_path: Path, capsys: pytest.Capt
     assert "peak ratio" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
+def test_gradients_grow_with_beta(tmp_path: Path) -> None:
+    file, page = tmp_path / "gradient.json", tmp_path / "gradient.md"
+    sizes = ["--betas", "2", "400", "--steps", "4", "--learning-rate", "1e-5"]
+    gradient_by_beta.main([*sizes, "--out", str(file), "--page", str(page)])
+    small, large = read(file)["rows"]
+    # The first step's margins are zero: beta / 4 times the norm of the mean difference of the errors' gradients.
+    assert large["first"] == pytest.approx(200 * small["first"], rel=1e-3)
+    assert (small["clipped %"], large["clipped %"]) == (0, 100)
+    assert "| 400 |" in page.read_text()
+
+
 def test_balance_bench_finds_what_it_planted(tmp_path: Path) -> None:
     file = tmp_path / "balance.json"
     sizes = "--clips 4000 --width 32 --concepts 10 --clusters 40 --iterations 5 --threads 1 --hash-copies 0.03"
@@ -164,8 +177,8 @@ def test_reward_features_judges_every_pair_of_every_way_once(tmp_path: Path) -> 
     given = ["--checkpoint", str(run), "--pairs", str(pairs), "--out", str(file), "--page", str(page)]
     reward_features.main([*sizes.split(), *given])
     content = read(file)
-    # Latents, two layers, both of them, and latents with one and with both.
-    assert len(content["rows"]) == 2 * 6
+    # Latents, their statistics, two layers, both of them, and latents with one and with both.
+    assert len(content["rows"]) == 2 * 7
     assert all(len(row["right"]) == 34 for row in content["rows"])
     table = content["summary"]["table"]
     assert all(row["alone_right"] == 0 == row["latents_alone_right"] for row in table if row["way"] == "latents")

@@ -155,10 +155,10 @@ def test_a_model_on_features_is_trained_and_scores(run: Path, pairs: Path, tmp_p
     assert words[:2] == ["megatron-video", "dpo"]
     command.main(words[2:])
     assert score.main(scoring) == 0
-    assert rewards(samples / "scores.jsonl") == pytest.approx(by_hand(tmp_path / "model", samples), abs=1e-5)
+    assert rewards(samples / "scores.jsonl") == pytest.approx(by_hand(tmp_path / "model", samples), rel=1e-4)
     both = tmp_path / "both.jsonl"
     score.main(["--samples", str(samples), "--with", f"reward:{tmp_path / 'both'}", "--out", str(both)])
-    assert rewards(both) == pytest.approx(by_hand(tmp_path / "both", samples), abs=1e-5)
+    assert rewards(both) == pytest.approx(by_hand(tmp_path / "both", samples), rel=1e-4)
 
 
 def rewards(path: Path) -> list[float]:
