@@ -86,6 +86,7 @@ def test_lines_that_are_no_ratings(name: str, content: str, said: str, tmp_path:
 
 def test_undo_takes_back_the_last_vote_on_that_showing_alone(tmp_path: Path) -> None:
     lines = [
+        line("ann", 0, 1, "b"),
         line("ann", 0, 1, "a"),
         line("bob", 0, 1, "b"),
         line("ann", 0, 1, "tie", showing=2),
@@ -94,7 +95,7 @@ def test_undo_takes_back_the_last_vote_on_that_showing_alone(tmp_path: Path) -> 
         line("ann", 0, 1, "skip"),
     ]
     votes = read_ratings([written(tmp_path / "r.jsonl", lines)]).votes
-    assert [(vote.rater, vote.vote) for vote in votes] == [("bob", "b"), ("ann", "tie"), ("ann", "skip")]
+    assert [(vote.rater, vote.vote) for vote in votes] == [("ann", "b"), ("bob", "b"), ("ann", "tie"), ("ann", "skip")]
 
 
 def test_a_torn_line_is_told_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     rater = check_rater(arguments.rater)
     pairs, equal = tellable(_pairs(arguments))
     if not pairs:
-        raise UserError(f"--samples {arguments.samples}: no two different videos to compare; generate with --seeds 2")
+        way_out = "the two folders hold the same files" if arguments.against else "generate with --seeds 2"
+        raise UserError(f"--samples {arguments.samples}: no two different videos to compare; {way_out}")
     session = Session(make_plan(pairs, rater, arguments.seed, arguments.repeat), VoteFile(arguments.out), rater)
     listening = bind(arguments.host, arguments.port)
     token = secrets.token_urlsafe(16)
