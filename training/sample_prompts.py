@@ -17,6 +17,8 @@ from training.prompt_files import OWN_FIELDS, Row, read_rows
 
 _NOISE_STAGE = "sample"
 CATEGORY = "category"
+# Characters of a prompt in a message.
+_SHOWN = 60
 
 STEP_VIDEO_T2V_EVAL = "step-video-t2v-eval"
 # list -> categories with their numbers of prompts, in order. The released list of Step-Video-T2V-Eval has lines
@@ -79,7 +81,13 @@ def read_prompts(
     if categories is not None:
         rows = _with_categories(rows, categories, path)
     prompts = [_prompt(index, row, seed) for index, row in enumerate(rows)]
-    _refuse_twice(prompts, [row.where for row in rows])
+    twice = _first_twice(prompts)
+    if twice is not None:
+        before, again = twice
+        raise UserError(
+            f"{rows[again].where}: {prompts[again].text[:_SHOWN]!r} with seed {prompts[again].seed} is there already "
+            f"({rows[before].where}); leave it out, or give it another seed (several videos of every prompt: --seeds)"
+        )
     return prompts[:limit]
 
 
@@ -90,7 +98,13 @@ def with_seeds(prompts: list[Prompt], seeds: int) -> list[Prompt]:
         UserError: the file gives a prompt seeds that are nearer to each other than that.
     """
     repeated = [replace(prompt, seed=prompt.seed + number) for prompt in prompts for number in range(seeds)]
-    _refuse_twice(repeated, [f"--seeds {seeds}"] * len(repeated))
+    twice = _first_twice(repeated)
+    if twice is not None:
+        prompt = repeated[twice[1]]
+        raise UserError(
+            f"--seeds {seeds}: {prompt.text[:_SHOWN]!r} would have seed {prompt.seed} twice, as the file gives it seeds "
+            f"that are less than {seeds} apart; leave --seeds out, or space them"
+        )
     return [replace(prompt, index=index) for index, prompt in enumerate(repeated)]
 
 
@@ -152,14 +166,11 @@ def _whole_number(row: Row, name: str) -> int | None:
     return value
 
 
-def _refuse_twice(prompts: Sequence[Prompt], where: Sequence[str]) -> None:
-    """What follows tells samples apart by prompt and seed."""
-    first: dict[tuple[str, int], str] = {}
-    for prompt, place in zip(prompts, where, strict=True):
-        key = (prompt.text, prompt.seed)
-        if key in first:
-            raise UserError(
-                f"{place}: {prompt.text[:60]!r} with seed {prompt.seed} is there already ({first[key]}); leave it out, "
-                "or give it another seed (several videos of every prompt: --seeds)"
-            )
-        first[key] = place
+def _first_twice(prompts: Sequence[Prompt]) -> tuple[int, int] | None:
+    """Places of two that what follows could not tell apart, as it knows samples by prompt and seed."""
+    first: dict[tuple[str, int], int] = {}
+    for place, prompt in enumerate(prompts):
+        before = first.setdefault((prompt.text, prompt.seed), place)
+        if before != place:
+            return before, place
+    return None
