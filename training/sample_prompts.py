@@ -102,8 +102,8 @@ def with_seeds(prompts: list[Prompt], seeds: int) -> list[Prompt]:
     if twice is not None:
         prompt = repeated[twice[1]]
         raise UserError(
-            f"--seeds {seeds}: {prompt.text[:_SHOWN]!r} would have seed {prompt.seed} twice, as the file gives it seeds "
-            f"that are less than {seeds} apart; leave --seeds out, or space them"
+            f"--seeds {seeds}: {prompt.text[:_SHOWN]!r} would have seed {prompt.seed} twice, as the file gives it "
+            f"seeds that are less than {seeds} apart; leave --seeds out, or space them"
         )
     return [replace(prompt, index=index) for index, prompt in enumerate(repeated)]
 

@@ -115,7 +115,7 @@ def test_what_is_wrong_is_refused_by_line(message: str, tmp_path: Path) -> None:
 def test_seeds_of_the_file_and_of_the_option_must_not_meet(tmp_path: Path) -> None:
     prompts = read_prompts(_file(tmp_path / "p.csv", "prompt,seed\na,1\na,3\n"), seed=0)
     assert [prompt.seed for prompt in with_seeds(prompts, 2)] == [1, 2, 3, 4]
-    with pytest.raises(UserError, match="--seeds 3: 'a' would have seed 3 twice, .* less than 3 apart"):
+    with pytest.raises(UserError, match=r"--seeds 3: 'a' would have seed 3 twice, .* less than 3 apart"):
         with_seeds(prompts, 3)
 
 
