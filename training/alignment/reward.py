@@ -102,12 +102,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.init is None and model.config.feature_size:
         model.set_feature_scale(*feature_scale(reader, (row for rows in sides.train for row in rows)))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    before = judge(model, reader, sides.held_out)
     names = ("epochs", "patience", "batch_size", "learning_rate", "seed")
     options = FitOptions(**{name: getattr(arguments, name) for name in names})
+    before = judge(model, reader, sides.held_out, options.batch_size)
     progress = Progress(arguments.out / PROGRESS_FILE, _identity(arguments, wanted, folders, model))
     result = fit(model, reader, sides, options, progress)
-    after, on_training = judge(model, reader, sides.held_out), judge(model, reader, sides.train)
+    after, on_training = (judge(model, reader, side, options.batch_size) for side in (sides.held_out, sides.train))
     report = Report(wanted, sides, before, after, on_training, result)
     record = {
         "init": None if arguments.init is None else str(arguments.init),
@@ -320,7 +320,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=FitOptions.patience,
         help="epochs without a gain, then stop (default: %(default)s)",
     )
-    add("--batch-size", type=int, default=FitOptions.batch_size, help="pairs (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=FitOptions.batch_size,
+        help="pairs; fewer need less memory (default: %(default)s)",
+    )
     add("--learning-rate", type=float, default=FitOptions.learning_rate, help="of AdamW (default: %(default)s)")
     add("--memory", type=float, default=8.0, help="GiB of pairs that may stay in memory (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")

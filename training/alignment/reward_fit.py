@@ -22,9 +22,6 @@ from training.alignment.reward_data import PairReader, Row, Split
 from training.alignment.reward_model import RewardModel
 from training.measure_shapes import wilson_interval
 
-# Pairs judged together: as many as a batch of training usually has.
-_JUDGED_TOGETHER = 16
-
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -98,13 +95,13 @@ def fit(
     trained_on = [number for number, weight in enumerate(weights) if weight > 0]
     state = None if progress is None else progress.load(model, optimizer)
     if state is None:
-        start = judge(model, reader, sides.held_out).of(trained_on).loss(weights)
+        start = judge(model, reader, sides.held_out, options.batch_size).of(trained_on).loss(weights)
         state = FitState(0, start, 0, copy.deepcopy(model.state_dict()), [])
     bar = tqdm(total=options.epochs, initial=state.epoch, desc="reward", unit="epoch", disable=None)
     while state.epoch < options.epochs and state.epoch - state.best_epoch < options.patience:
         state.epoch += 1
         _train_epoch(model, optimizer, reader, sides.train, options, state.epoch)
-        found = judge(model, reader, sides.held_out).of(trained_on)
+        found = judge(model, reader, sides.held_out, options.batch_size).of(trained_on)
         state.history.append(found.values())
         if found.loss(weights) < state.best:
             state.best, state.best_epoch = found.loss(weights), state.epoch
@@ -203,12 +200,12 @@ class Progress:
 
 
 @torch.no_grad()
-def judge(model: RewardModel, reader: PairReader, groups: Sequence[Sequence[Row]]) -> Judged:
-    """How the model judges pairs, given by bucket."""
+def judge(
+    model: RewardModel, reader: PairReader, groups: Sequence[Sequence[Row]], size: int = FitOptions.batch_size
+) -> Judged:
+    """How the model judges pairs, given by bucket, `size` at a time."""
     model.eval()
-    parts = [
-        rows[first : first + _JUDGED_TOGETHER] for rows in groups for first in range(0, len(rows), _JUDGED_TOGETHER)
-    ]
+    parts = [rows[first : first + size] for rows in groups for first in range(0, len(rows), size)]
     margins = [_margins(model, reader, rows).cpu() for rows in parts]
     return Judged([row for rows in parts for row in rows], torch.cat(margins))
 
