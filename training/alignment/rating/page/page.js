@@ -5,8 +5,11 @@ const $ = (id) => document.getElementById(id);
 const SIDES = ["left", "right"];
 const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", s: "skip" };
 const SAID = { left: "left is better", right: "right is better", tie: "tie", skip: "both bad, cannot say" };
-// Two videos that are further apart are brought together again, in seconds.
-const LARGEST_DRIFT = 0.06;
+// In seconds: two videos further apart than the first are brought together by speed, than the second by a jump. A jump
+// makes a long video decode from its last key frame, so it must stay rare.
+const DRIFT = 0.03;
+const LARGEST_DRIFT = 0.5;
+const LARGEST_HASTE = 0.2;
 const FLASH_MS = 140;
 
 let state = null;
@@ -142,7 +145,10 @@ function loop() {
 function keepStep() {
   const [left, right] = videos();
   if (!right || left.ended || right.ended || left.seeking || right.seeking) return;
-  if (Math.abs(left.currentTime - right.currentTime) > LARGEST_DRIFT) right.currentTime = left.currentTime;
+  const behind = left.currentTime - right.currentTime;
+  if (Math.abs(behind) > LARGEST_DRIFT) right.currentTime = left.currentTime;
+  const haste = Math.abs(behind) > DRIFT ? behind : 0;
+  right.playbackRate = 1 + Math.max(-LARGEST_HASTE, Math.min(LARGEST_HASTE, haste));
 }
 
 async function send(path, body, flash) {
