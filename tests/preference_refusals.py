@@ -82,6 +82,13 @@ def make_inputs(folder: Path) -> None:
             raise RuntimeError(f"{shlex.join(words)}\n{found.stdout}{found.stderr}")
 
 
+def told(refusal: Refusal, stdout: str, stderr: str) -> str:
+    """The message; where the command goes on, the lines that matter."""
+    if refusal.code:
+        return "\n".join(line for line in stderr.strip().splitlines() if not line.startswith(("reference:", "\r")))
+    return "\n".join(line for line in stdout.splitlines() if any(words in line for words in refusal.told))
+
+
 def own_copy(inputs: Path, folder: Path) -> None:
     """A folder of one refusal: none meets what another has made."""
     shutil.copytree(inputs, folder)

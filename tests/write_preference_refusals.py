@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from preference_refusals import REFUSALS, Refusal, make_inputs, megatron_video, own_copy  # noqa: E402
+from preference_refusals import REFUSALS, Refusal, make_inputs, megatron_video, own_copy, told  # noqa: E402
 
 TARGET = ROOT / "docs" / "alignment" / "refusals.md"
 HEAD = """# What the steps of Video-DPO refuse
@@ -53,13 +53,6 @@ def _section(refusal: Refusal, inputs: Path) -> str:
     return f"## {refusal.what}\n\n    $ {refusal.command()}\n" + "".join(
         f"    {line}\n" for line in said.replace(f"{folder}/", "").splitlines()
     ) + code  # fmt: skip
-
-
-def told(refusal: Refusal, stdout: str, stderr: str) -> str:
-    """The message; where the command goes on, the lines that matter."""
-    if refusal.code:
-        return "\n".join(line for line in stderr.strip().splitlines() if not line.startswith(("reference:", "\r")))
-    return "\n".join(line for line in stdout.splitlines() if any(words in line for words in refusal.told))
 
 
 if __name__ == "__main__":
