@@ -113,8 +113,10 @@ def _compute(files: FeatureFiles, latents: Latents, batch_size: int, load: Calla
     missing = decided_by_rank_0(lambda: _claimed(files))
     if missing:
         feature_pass = load()
-        for first in _progress(missing[data_parallel_rank() :: data_parallel_size()]):
-            _write_block(files, latents, first, batch_size, feature_pass)
+        share = missing[data_parallel_rank() :: data_parallel_size()]
+        with _progress(sum(files.end(first) - first for first in share)) as bar:
+            for first in share:
+                _write_block(files, latents, first, batch_size, feature_pass, bar)
     # Every replica's files are there from here on.
     dist.barrier()
     return sum(files.end(first) - first for first in missing)
@@ -125,12 +127,16 @@ def _claimed(files: FeatureFiles) -> list[int]:
     return files.missing()
 
 
-def _write_block(files: FeatureFiles, latents: Latents, first: int, batch_size: int, feature_pass: FeaturePass) -> None:
+def _write_block(
+    files: FeatureFiles, latents: Latents, first: int, batch_size: int, feature_pass: FeaturePass, bar: Any
+) -> None:
     from training.alignment.feature_pass import batches
     from training.sample_ranks import writes_for_replica
 
-    items = (latents[number] for number in range(first, files.end(first)))
-    found = [feature_pass.run(batch) for batch in batches(items, batch_size)]
+    found = []
+    for batch in batches((latents[number] for number in range(first, files.end(first))), batch_size):
+        found.append(feature_pass.run(batch))
+        bar.update(len(batch))
     if writes_for_replica():
         files.write(first, Features(*(torch.cat(column) for column in zip(*found, strict=True))))
 
@@ -185,11 +191,12 @@ def _check_encoders(checkpoint: Path, latents: Latents) -> None:
             )
 
 
-def _progress(blocks: Sequence[int]) -> Any:
+def _progress(count: int) -> Any:
+    """Of this replica's latents, shown by rank 0."""
     import torch.distributed as dist
     from tqdm import tqdm
 
-    return tqdm(blocks, desc="features", unit="block", disable=None if dist.get_rank() == 0 else True)
+    return tqdm(total=count, desc="features", unit="latent", disable=None if dist.get_rank() == 0 else True)
 
 
 def _report(arguments: argparse.Namespace, files: FeatureFiles, made: int) -> None:
