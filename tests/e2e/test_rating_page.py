@@ -81,6 +81,8 @@ def playwright() -> Iterator[Playwright]:
 @pytest.fixture(scope="module")
 def browser(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
     profile = tmp_path_factory.mktemp("profile")
+    # Five seconds, the library's own, are short where other tests have all cores.
+    expect.set_options(timeout=30_000)
     context = playwright.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, args=FLAGS)
     yield context
     context.close()
@@ -130,9 +132,9 @@ def press(page: Page, key: str, count: str) -> str:
 
 def wait_until(page: Page, condition: str) -> None:
     # `wait_for_function` evaluates inside the page, whose content security policy forbids that.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while not page.evaluate(condition):
-        assert time.monotonic() < deadline, f"not within 20 s: {condition}; {played(page)}"
+        assert time.monotonic() < deadline, f"not within 30 s: {condition}; {played(page)}"
         page.wait_for_timeout(20)
 
 
@@ -181,7 +183,7 @@ def test_keys_vote_undo_and_a_reload_keeps_the_place(
     shown = [press(page, "ArrowLeft", "1 of 4"), press(page, "ArrowRight", "2 of 4")]
     said = [vote.left if vote.vote == vote.left else "other" for vote in rater.votes()]
     assert said == [rater.votes()[0].left, "other"]
-    assert all(vote.seconds is not None and 0 < vote.seconds < 30 for vote in rater.votes())
+    assert all(vote.seconds is not None and 0 < vote.seconds < 300 for vote in rater.votes())
     page.reload()
     expect(page.locator("#count")).to_have_text("2 of 4")
     prompt = page.locator("#prompt").inner_text()
