@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.print_table(table, list(table[0]))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     settings["pairs_judged"] = len(dataset)
-    report.write(arguments.out, settings, rows, {"table": table})
+    # A letter a pair: a line for each would make the file hard to read.
+    compact = [{**row, "right": "".join("01"[right] for right in row["right"])} for row in rows]
+    report.write(arguments.out, settings, compact, {"table": table})
     write_page(arguments.page, settings, table)
 
 
