@@ -11,6 +11,7 @@ _REPEATED = (
     "full scope is deprecated",
     ".*tp_group is None",
     "`torch.distributed.[a-z_]+` is deprecated",
+    "`load_state_dict` is deprecated",
 )
 for _message in _REPEATED:
     warnings.filterwarnings("ignore", message=_message)
