@@ -25,7 +25,12 @@ from training.local_ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 BY_NAME = {case.name: case for case in LAYOUTS}
-NAMES = ("dp2", "dp4_zero1_overlap", "dp2_fsdp", "tp2_sp", "pp2", "pp2_vpp2", "cp3_all_gather", "tp2_sp_pp2_cp2")
+# All layouts of the matrix that change neither the model, nor its kernels, nor the form of the batches.
+NAMES = [
+    case.name
+    for case in LAYOUTS
+    if not (case.changes or case.pack_positions or case.single_samples) and case.config.transformer_impl == "local"
+]
 SHORT = ("dp2_fsdp", "pp2_vpp2", "tp2_sp_pp2_cp2")
 STEPS = 6
 

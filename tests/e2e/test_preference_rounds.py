@@ -91,6 +91,25 @@ def test_two_rounds_from_one_file(models: Path, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.heavy
+def test_a_round_waits_for_people(models: Path) -> None:
+    root = models / "people"
+    command = [sys.executable, "-m", "megatron_video", "dpo", "rounds", "--config", str(models / "rounds.yaml")]
+    command += [f"output_dir={root}", "people=true", "rounds=1", "pairing.pairs_per_prompt=4"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    wanted = root / "round_01" / "ratings.jsonl"
+    rate = f"megatron-video dpo rate --samples {root / 'round_01' / 'samples'} --out {wanted} --rater NAME"
+    assert f"round 1 waits for people's votes in {wanted}: {rate}" in result.stderr
+    # Of every prompt's two videos, the second.
+    votes = [{"rater": "ann", "index_a": 2 * n, "index_b": 2 * n + 1, "vote": "b"} for n in range(len(PROMPTS))]
+    wanted.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    pairs = json.loads((root / "round_01" / "pairs" / "pairs_report.json").read_text())
+    assert (pairs["pairs"], pairs["ratings"]["compared"]) == (4, 4)
+
+
+@pytest.mark.heavy
 def test_the_benchmark_judges_every_training(models: Path, tmp_path: Path) -> None:
     file, page, name = tmp_path / "gain.json", tmp_path / "gain.md", "30 % of the labels flipped"
     options = ["--config", str(models / "rounds.yaml"), "--out", str(file), "--page", str(page), "--only", name]

@@ -50,6 +50,8 @@ class Command:
     """There when the step is done."""
     launched: bool = False
     """Whether several ranks work on it."""
+    votes: Path | None = None
+    """What people are to give before it can start."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
         for command in steps_of(config, root, number):
             if command.done.exists():
                 continue
+            _check_votes(command, number)
             code = _run(command, config.launcher, root, number)
             if code in _STOPPED:
                 return code
@@ -88,9 +91,7 @@ def steps_of(config: RoundsConfig, root: Path, number: int) -> Iterator[Command]
     if number:
         before = _model(config, root, number - 1)
         yield _generated(config, "generate", before, _round_prompts(config, folder, number), folder / "samples")
-        yield _scored("score", folder / "samples", "scores.jsonl", config.score, config.workers)
-        out = ["--samples", str(folder / "samples"), "--out", str(folder / "pairs"), *config.pairing.options()]
-        yield Command("pair", "training.alignment.pair", out, folder / "pairs" / "pairs_report.json")
+        yield from _paired(config, folder)
         yield from _reward_model(config, root, number)
         yield Command(
             "train", "training.dpo", _training(config, folder, number, before), folder / "trained", launched=True
@@ -118,6 +119,18 @@ def _generated(config: RoundsConfig, step: str, model: str, prompts: Path, out: 
         out / "contact_sheet.png",
         launched=True,
     )
+
+
+def _paired(config: RoundsConfig, folder: Path) -> Iterator[Command]:
+    """By what people said of a round's videos, or by scores."""
+    samples, votes, source = folder / "samples", None, []
+    if config.people:
+        votes = folder / "ratings.jsonl"
+        source = ["--ratings", str(votes)]
+    else:
+        yield _scored("score", samples, "scores.jsonl", config.score, config.workers)
+    arguments = ["--samples", str(samples), *source, "--out", str(folder / "pairs"), *config.pairing.options()]
+    yield Command("pair", "training.alignment.pair", arguments, folder / "pairs" / "pairs_report.json", votes=votes)
 
 
 def _reward_model(config: RoundsConfig, root: Path, number: int) -> Iterator[Command]:
@@ -183,6 +196,16 @@ def _round_prompts(config: RoundsConfig, folder: Path, number: int) -> Path:
         ]
         write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return path
+
+
+def _check_votes(command: Command, number: int) -> None:
+    if command.votes is not None and not command.votes.exists():
+        rate = ["megatron-video", "dpo", "rate", "--samples", str(command.votes.parent / "samples")]
+        rate += ["--out", str(command.votes), "--rater", "NAME"]
+        raise UserError(
+            f"round {number} waits for people's votes in {command.votes}: {shlex.join(rate)}; when all have rated, "
+            "start the same again"
+        )
 
 
 def _run(command: Command, launcher: Sequence[str], root: Path, number: int) -> int:

@@ -89,6 +89,9 @@ class RoundsConfig:
     """Videos of every prompt; each round has seeds of its own."""
     score: list[str] = field(default_factory=list)
     """Scorers as `megatron-video dpo score --with` takes them; gains are told by them too."""
+    people: bool = False
+    """Pairs are those that people compared: every round stops after generating until their votes (`megatron-video dpo
+    rate`) are in its `ratings.jsonl`. `score` then tells the gains alone."""
     judge: list[str] = field(default_factory=list)
     """Further scorers that only judge: what training has not seen."""
     reward_model: RewardConfig | None = None
