@@ -22,12 +22,11 @@ from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from megatron_video.manifest import kept_rows, read_manifest
 from megatron_video.video_io import read_frames
+from training.proportions import wilson_interval
 from training.shape_ruler import COLOUR_HUES, DIRECTION_VECTORS, Observation, Request, observe, parse_caption
 from training.telemetry import write_json
 
 CHANCE = {"colour": 1 / len(COLOUR_HUES), "direction": 1 / len(DIRECTION_VECTORS)}
-# 97.5th percentile of the normal distribution: two-sided 95 %.
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,6 @@ def summarise(measurements: Sequence[Measurement], source: str) -> dict[str, Any
     # Without a foreground there is nothing to move, so such a video counts once, above.
     report["no_motion"] = sum(m.seen.direction is None and m.seen.colour is not None for m in measurements)
     return report
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (E. B. Wilson, 1927)."""
-    share, shift = correct / total, Z_95**2 / total
-    centre = (share + shift / 2) / (1 + shift)
-    half = Z_95 / (1 + shift) * math.sqrt(share * (1 - share) / total + shift / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def format_report(report: dict[str, Any]) -> str:

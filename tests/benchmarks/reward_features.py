@@ -31,7 +31,7 @@ from training.alignment.feature_pass import pool
 from training.alignment.reward_data import PairFolder, PairReader, Row, Split, feature_scale, open_pairs, place_of
 from training.alignment.reward_fit import FitOptions, fit, judge
 from training.alignment.reward_model import RewardModel, RewardModelConfig
-from training.measure_shapes import wilson_interval
+from training.proportions import wilson_interval
 
 FOLDS = 5
 LAYERS, TIMES = (1, 3, 5), (0.1, 0.5, 0.9)

@@ -13,7 +13,8 @@ from shape_videos import draw_video
 
 from megatron_video.errors import UserError
 from megatron_video.video_io import write_mp4
-from training.measure_shapes import main, samples_of, wilson_interval
+from training.measure_shapes import main, samples_of
+from training.proportions import wilson_interval
 
 SHOWN = [("red", "left"), ("blue", "up"), ("green", "right"), ("yellow", "down")]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_video.files import appearing
-from training.measure_shapes import wilson_interval
+from training.proportions import wilson_interval
 
 _BINS = 5
 

@@ -20,7 +20,7 @@ from megatron_video.errors import UserError
 from megatron_video.files import write_atomically
 from training.alignment.reward_data import PairReader, Row, Split
 from training.alignment.reward_model import RewardModel
-from training.measure_shapes import wilson_interval
+from training.proportions import wilson_interval
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_video.cli import run_command
 from megatron_video.errors import UserError
 from training.alignment.generated import Generated, check_alike, read_generated
 from training.alignment.score import scored_alone
-from training.measure_shapes import wilson_interval
+from training.proportions import wilson_interval
 
 
 @dataclass(frozen=True)

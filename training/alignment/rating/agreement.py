@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_video.cli import run_command
 from training.alignment.rating.votes import Rating, Vote, read_ratings
-from training.measure_shapes import wilson_interval
+from training.proportions import wilson_interval
 
 # Rater -> item -> what was said: 0, 1 or 2 for a vote, the number for a rating.
 Table = Mapping[str, Mapping[object, float]]
