@@ -45,6 +45,8 @@ class Variant:
 VARIANTS = (
     Variant("another seed", ("run.seed=1",)),
     Variant("a third seed", ("run.seed=2",)),
+    Variant("beta 500", ("dpo.beta=500",)),
+    Variant("beta 20", ("dpo.beta=20",)),
     Variant("IPO, beta 50", ("dpo.loss=ipo", "dpo.beta=50")),
     Variant("with the winners' own error (sft_weight 1)", ("dpo.sft_weight=1.0",)),
     Variant("beta 100 to 400", ("dpo.final_beta=400",)),

@@ -119,7 +119,7 @@ def test_the_benchmark_judges_every_training(models: Path, tmp_path: Path) -> No
     evaluations = [models / "measured" / f"round_0{number}" / "evaluation" for number in (0, 1)]
     assert first["win_rate"] == compare(*evaluations).rate
     pairs = json.loads((models / "measured" / "flipped_pairs" / "pairs_report.json").read_text())
-    trained = yaml.safe_load((models / "measured" / "variants" / "05" / "train" / "config.yaml").read_text())
+    trained = yaml.safe_load((models / "measured" / "variants" / "07" / "train" / "config.yaml").read_text())
     assert trained["data"]["shards"] == [str(models / "measured" / "flipped_pairs")]
     assert pairs["rules"]["flip_labels"] == 0.3
     assert f"| {name} | {flipped['win_rate']:.1%}" in page.read_text()
