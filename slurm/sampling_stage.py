@@ -7,9 +7,9 @@ import math
 from slurm.ask_command import given
 from slurm.chain import ChainStage
 
-# Options of `megatron-video sample` and `dpo generate` whose product is the ranks of a copy.
+# Options whose product is the ranks of a copy, and the commands that have them.
 _SIZES = ("--tensor-parallel-size", "--pipeline-parallel-size", "--context-parallel-size")
-_COMMANDS = (["sample"], ["dpo", "generate"])
+_COMMANDS = (["sample"], ["dpo", "generate"], ["dpo", "features"])
 
 
 def copy_problems(stage: ChainStage) -> list[str]:
