@@ -169,7 +169,8 @@ def complete_folder(
         make: writes this rank's part.
         group: of all ranks, to wait over.
     """
-    # Nobody may find the folder half made.
+    # Nobody may find the folder half made: by now every rank has looked at it.
+    dist.barrier(group=group)
     told_by(0, lambda: folder.claim(dict(sources)), group)
     make()
     # Every replica's files are there from here on.
