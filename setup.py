@@ -91,7 +91,7 @@ setup(
     packages=find_packages(include=["megatron_video*", "data_prep*", "training*", "checkpoints_tools*", "slurm*"]),
     package_data={
         "megatron_video": ["VERSION"],
-        "training": ["configs/*/*.yaml", "alignment/rating/page/*"],
+        "training": ["configs/*/*.yaml", "configs/rounds/*.jsonl", "alignment/rating/page/*"],
         "data_prep": ["*.yaml"],
         "slurm": ["*.sh", "*.sbatch", "profiles/*.yaml", "chains/*.yaml"],
     },
