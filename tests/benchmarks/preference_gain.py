@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, print and write."""
     arguments = _parse(argv)
     overrides = list(arguments.overrides)
-    run_child(python("-m", "training.alignment.rounds", "--config", arguments.config, *overrides))
+    # Not as the others: it takes long, and says how far it is.
+    subprocess.run(python("-m", "training.alignment.rounds", "--config", arguments.config, *overrides), check=True)
     config = load_config(RoundsConfig, arguments.config, overrides, PRESET_DIR)
     bench = Bench(config, config.launcher)
     # Folders by the place in the list of all: a later call may take others.
