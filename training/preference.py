@@ -17,7 +17,7 @@ from training.preference_config import PreferenceConfig
 from training.preference_data import PairBatch, PairBatchBuilder
 from training.preference_loss import Objective
 from training.reference_pass import PrecomputedReference, Reference, RunReference, SwappedReference
-from training.sample_videos import decided_by_rank_0
+from training.sample_ranks import decided_by_rank_0
 from training.trained_encoders import encoders_of, trained_encoders
 
 # Name of the reference's fingerprint in what a run must not change.

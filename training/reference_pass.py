@@ -33,7 +33,7 @@ from training.data import Batch, StepBatches, StepData, iterate_steps
 from training.optimizer import WrappedChunk
 from training.preference_data import PairBatch, pair_errors
 from training.reference_errors import FOLDER, ErrorFiles, ReferenceErrors, Table
-from training.sample_videos import decided_by_rank_0
+from training.sample_ranks import decided_by_rank_0
 from training.train_step import LossFunction, predict, run_schedule
 
 # Steps of one file, after which a pass that is killed goes on.

@@ -27,8 +27,7 @@ from training.optimizer import WrappedChunk
 from training.prompt_states import PromptStates, prepare_prompts
 from training.sample_folder import SampleFolder
 from training.sample_prompts import Prompt
-from training.sample_ranks import Sampler, complete_folder, share, writes_for_replica
-from training.sample_ranks import decided_by_rank_0 as decided_by_rank_0
+from training.sample_ranks import Sampler, complete_folder, decided_by_rank_0, share, writes_for_replica
 
 SAMPLES_FOLDER = "samples"
 
