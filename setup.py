@@ -39,7 +39,7 @@ REQUIRED = [
     # `dpo rate`: the page's server; statistics of votes
     "waitress>=3,<4",
     "werkzeug>=3,<4",
-    "krippendorff>=0.8,<1",
+    "nltk>=3.9.2,<4",
     "choix>=0.4,<0.5",
 ]
 

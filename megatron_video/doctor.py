@@ -57,7 +57,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "rich": ("rich", "the panel of `watch`"),
     "waitress": ("waitress", "server of the page of `dpo rate`"),
     "werkzeug": ("werkzeug", "requests and answers of that page"),
-    "krippendorff": ("krippendorff", "agreement of raters"),
+    "nltk": ("nltk", "agreement of raters"),
     "choix": ("choix", "Bradley-Terry strengths of people's votes"),
     "matplotlib": ("matplotlib", "plots of reports"),
     "httpx": ("httpx", "captions from an endpoint"),

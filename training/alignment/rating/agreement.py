@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import krippendorff
 import numpy as np
 
 from megatron_video.cli import run_command
@@ -90,12 +89,19 @@ def cohens_kappa(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 def alpha(table: Table, scale: str) -> float | None:
     """Krippendorff's alpha; raters may have left items out. None where no item has two answers, or all are equal."""
-    items = sorted({item for own in table.values() for item in own}, key=repr)
-    answers = np.array([[own.get(item, np.nan) for item in items] for own in table.values()])
-    shared = answers[:, (~np.isnan(answers)).sum(0) > 1] if answers.size else answers
-    if not shared.size or len(np.unique(shared[~np.isnan(shared)])) < 2:
+    # Here: nothing else of this command needs it, and it takes a second to import.
+    from nltk.metrics.agreement import AnnotationTask
+    from nltk.metrics.distance import binary_distance, interval_distance
+
+    times = Counter(item for own in table.values() for item in own)
+    numbers = {item: number for number, item in enumerate(times) if times[item] > 1}
+    shared = [
+        (rater, numbers[item], said) for rater, own in table.items() for item, said in own.items() if item in numbers
+    ]
+    if len({said for _, _, said in shared}) < 2:
         return None
-    return float(krippendorff.alpha(reliability_data=answers, level_of_measurement=scale))
+    distance = {"nominal": binary_distance, "interval": interval_distance}[scale]
+    return float(AnnotationTask(shared, distance=distance).alpha())
 
 
 def _overall(table: Table, scale: str) -> dict[str, Any]:
