@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -258,7 +259,9 @@ def test_raters_write_into_one_file_at_once(pairs: list[AskedPair], tmp_path: Pa
 def start(samples: Path, out: Path, *options: str, **more: Any) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     words = ["--samples", str(samples), "--out", str(out), "--rater", "ann", "--port", "0", "--json", *options]
     command = [sys.executable, "-m", "training.alignment.rating.rate", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    # A suite that was started in the background ignores Ctrl-C, and so would its children.
+    heeds = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds, **more)
     assert process.stdout is not None
     return process, json.loads(process.stdout.readline())
 
